@@ -1,0 +1,1 @@
+"""The device side: train, shrink, report; the same in simulation and on a device."""

@@ -1,0 +1,1 @@
+"""Real time: the same strategies over SuperLink and SuperNodes."""

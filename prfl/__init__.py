@@ -1,0 +1,1 @@
+"""Federated learning that prunes: the domain, without Flower and without a clock."""

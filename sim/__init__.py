@@ -1,0 +1,1 @@
+"""Virtual time: device profiles, networks, workers and the experiments."""

@@ -1,0 +1,1 @@
+"""The server side: methods as compositions of parts, pacing, and the one loop."""
