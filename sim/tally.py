@@ -1,0 +1,72 @@
+"""What a run adds up to, event by event: bytes, densities, staleness, scores; the source of table and summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Tally:
+    """Fed with the events of a run. `classes[client]`: device class."""
+
+    classes: Sequence[str]
+    version: int = 0
+    at: float = 0.0
+    updates: int = 0
+    failed: int = 0
+    sent: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    density_sum: float = 0.0
+    staleness: float = 0.0  # running mean of the latest arrivals
+    scores: Mapping[str, float] = field(default_factory=dict)
+    best: float = 0.0  # best validation accuracy
+    density: dict[str, float] = field(default_factory=dict)  # latest, by device class
+    trained: dict[str, int] = field(default_factory=dict)  # updates used, by device class
+    latest: dict[int, float] = field(default_factory=dict)  # latest density, by client
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        self.at = max(self.at, event["at"])
+        getattr(self, f"_{event['kind']}")(event)
+
+    def _send(self, e: Mapping[str, Any]) -> None:
+        self.sent += 1
+        name = self.classes[e["client"]]
+        self.density[name] = e["density"]
+        self.latest[e["client"]] = e["density"]
+
+    def _arrival(self, e: Mapping[str, Any]) -> None:
+        self.bytes_up += e["bytes_up"]
+        self.bytes_down += e["bytes_down"]
+        if not e["used"]:
+            self.failed += 1
+            return
+        name = self.classes[e["client"]]
+        self.updates += 1
+        self.density_sum += e["density"]
+        self.staleness += 0.1 * (e["staleness"] - self.staleness)
+        self.trained[name] = self.trained.get(name, 0) + 1
+
+    def _merge(self, e: Mapping[str, Any]) -> None:
+        self.version = e["version"]
+
+    def _evaluation(self, e: Mapping[str, Any]) -> None:
+        self.scores = {k: v for k, v in e.items() if k not in ("kind", "at", "version")}
+        self.best = max(self.best, self.scores["validation_accuracy"])
+
+    @property
+    def in_flight(self) -> int:
+        """Tasks sent and not answered; those given up count until the run ends."""
+        return self.sent - self.updates - self.failed
+
+    @property
+    def mean_density(self) -> float:
+        """Over the updates used."""
+        return self.density_sum / max(1, self.updates)
+
+    @property
+    def final_density(self) -> float:
+        """Over the clients, each by its latest task."""
+        return sum(self.latest.values()) / max(1, len(self.latest))

@@ -1,0 +1,252 @@
+"""Where the training runs: here and now, or on a pool of Ray actors. Results do not depend on which."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from prfl.masks import Mask
+from prfl.types import Task, Tree, Update, Work
+
+Run = Callable[[Task], Update]
+TRIES = 3  # workers a task may cost before it counts as failed
+
+
+class Failed(RuntimeError):
+    """A task came to nothing; the message is the one-line reason."""
+
+
+class Workers(Protocol):
+    def submit(self, job: int, task: Task) -> None: ...
+
+    def result(self, job: int) -> Update:
+        """Blocks until the job is done. Raises Failed."""
+
+    def discard(self, job: int) -> None:
+        """Nobody will ask for this job any more."""
+
+    def close(self) -> None: ...
+
+
+class Serial:
+    """In this process, when the result is asked for: dropped work costs nothing."""
+
+    def __init__(self, run: Run):
+        self._run, self._tasks = run, dict[int, Task]()
+
+    def submit(self, job: int, task: Task) -> None:
+        self._tasks[job] = task
+
+    def result(self, job: int) -> Update:
+        return attempt(self._run, self._tasks.pop(job))
+
+    def discard(self, job: int) -> None:
+        self._tasks.pop(job, None)
+
+    def close(self) -> None:
+        self._tasks.clear()
+
+
+def attempt(run: Run, task: Task) -> Update:
+    """The task's update, or Failed with a reason of one line."""
+    try:
+        return run(task)
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise Failed(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A task as it goes to an actor: tensors by reference into the object store."""
+
+    job: int
+    client: int
+    version: int
+    params: Any
+    mask: Any
+    work: Work
+    seed: int
+    density: float
+
+
+@dataclass(frozen=True)
+class _Result:
+    job: int
+    update: tuple[float, dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray] | None] | None
+    mask: tuple[dict[str, np.ndarray], list[tuple[Any, np.ndarray]]] | None  # only where it is not the task's
+    reason: str = ""
+
+
+class _Actor:
+    """Holds model and data; params and masks are read from the object store once per version and ranking."""
+
+    def __init__(self, make: Callable[[], Run]):
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        self._run = make()
+        self._seen: OrderedDict[Any, Any] = OrderedDict()
+
+    def train(self, orders: list[_Order]) -> list[_Result]:
+        return [self._one(order) for order in orders]
+
+    def _one(self, o: _Order) -> _Result:
+        mask = self._read(o.mask, _mask_in)
+        task = Task(o.client, o.version, self._read(o.params, _tree_in), mask, o.work, o.seed, o.density)
+        try:
+            u = attempt(self._run, task)
+        except Failed as reason:
+            return _Result(o.job, None, None, str(reason))
+        signal = None if u.signal is None else _tree_out(u.signal)
+        own = None if u.mask is mask else _mask_out(u.mask)
+        return _Result(o.job, (u.weight, dict(u.metrics), _tree_out(u.delta), signal), own)
+
+    def _read(self, ref: Any, make: Callable[[Any], Any]) -> Any:
+        import ray
+
+        key = ref.hex()
+        if key not in self._seen:
+            self._seen[key] = make(ray.get(ref))
+            if len(self._seen) > 64:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(key)
+        return self._seen[key]
+
+
+class Ray:
+    """A pool of Ray actors of one thread each.
+
+    Tasks go out as soon as an actor has room and in batches when they queue up, so that small tasks do not pay a call
+    each. A dead actor is replaced and its tasks run again elsewhere, with the same result.
+    """
+
+    def __init__(self, make: Callable[[], Run], workers: int, address: str | None = None):
+        self._ray = _started(workers, address)
+        self._make, self._fresh = make, self._ray.remote(num_cpus=1, max_restarts=0)(_Actor)
+        self._actors = {n: self._fresh.remote(make) for n in range(workers)}
+        self._numbers = count(workers)
+        self._queue: deque[_Order] = deque()
+        self._out: dict[Any, tuple[int, list[_Order]]] = {}  # call -> actor, orders
+        self._tasks: dict[int, Task] = {}
+        self._done: dict[int, _Result] = {}
+        self._deaths: dict[int, int] = {}
+        self._params: OrderedDict[int, tuple[Tree, Any]] = OrderedDict()
+        self._masks: WeakKeyDictionary[Mask, Any] = WeakKeyDictionary()
+
+    def submit(self, job: int, task: Task) -> None:
+        order = _Order(
+            job, task.client, task.version, self._params_ref(task.params), self._mask_ref(task.mask), task.work,
+            task.seed, task.density,
+        )  # fmt: skip
+        self._tasks[job] = task
+        self._queue.append(order)
+        self._dispatch()
+
+    def result(self, job: int) -> Update:
+        while job not in self._done:
+            self._collect()
+        done, task = self._done.pop(job), self._tasks.pop(job)
+        if done.update is None:
+            raise Failed(done.reason)
+        weight, metrics, delta, signal = done.update
+        mask = task.mask if done.mask is None else _mask_in(done.mask)
+        told = None if signal is None else _tree_in(signal)
+        return Update(task.client, task.version, _tree_in(delta), mask, weight, metrics, told)
+
+    def discard(self, job: int) -> None:
+        self._tasks.pop(job, None)
+        self._done.pop(job, None)
+        self._queue = deque(o for o in self._queue if o.job != job)
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+    def _dispatch(self) -> None:
+        while self._queue:
+            load = dict.fromkeys(self._actors, 0)
+            for actor, _ in self._out.values():
+                load[actor] += 1
+            idlest = min(load, key=lambda n: load[n])
+            if load[idlest] >= 2:  # one batch at work, one waiting: the actor never idles and the queue stays ours
+                return
+            size = max(1, min(32, len(self._queue) // (2 * len(self._actors))))
+            orders = [self._queue.popleft() for _ in range(size)]
+            self._out[self._actors[idlest].train.remote(orders)] = (idlest, orders)
+
+    def _collect(self) -> None:
+        self._dispatch()
+        ready, _ = self._ray.wait(list(self._out), num_returns=1)
+        for call in ready:
+            actor, orders = self._out.pop(call)
+            try:
+                for result in self._ray.get(call):
+                    if result.job in self._tasks:
+                        self._done[result.job] = result
+            except self._ray.exceptions.RayActorError:
+                self._replace(actor, orders)
+        self._dispatch()
+
+    def _replace(self, actor: int, orders: list[_Order]) -> None:
+        if actor in self._actors:
+            del self._actors[actor]
+            self._actors[next(self._numbers)] = self._fresh.remote(self._make)
+        lost = [(call, o) for call, (n, o) in self._out.items() if n == actor]
+        for call, more in lost:
+            del self._out[call]
+            self._queue.extendleft(reversed(more))
+        for order in orders:  # the call that was at work
+            self._deaths[order.job] = self._deaths.get(order.job, 0) + 1
+            if self._deaths[order.job] >= TRIES and order.job in self._tasks:
+                self._done[order.job] = _Result(order.job, None, None, f"{TRIES} workers died of this task")
+            elif order.job in self._tasks:
+                self._queue.appendleft(order)
+
+    def _params_ref(self, params: Tree) -> Any:
+        if id(params) not in self._params:
+            self._params[id(params)] = (params, self._ray.put(_tree_out(params)))
+            if len(self._params) > 8:
+                self._params.popitem(last=False)
+        return self._params[id(params)][1]
+
+    def _mask_ref(self, mask: Mask) -> Any:
+        if mask not in self._masks:
+            self._masks[mask] = self._ray.put(_mask_out(mask))
+        return self._masks[mask]
+
+
+def _started(workers: int, address: str | None) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if not ray.is_initialized():
+        size: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **size)
+    return ray
+
+
+def _tree_out(tree: Tree) -> dict[str, np.ndarray]:
+    return {k: v.numpy() for k, v in tree.items()}
+
+
+def _tree_in(tree: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {k: torch.from_numpy(v) for k, v in tree.items()}
+
+
+def _mask_out(mask: Mask) -> tuple[dict[str, np.ndarray], list[tuple[Any, np.ndarray]]]:
+    return _tree_out(mask.bits), [(group, kept.numpy()) for group, kept in mask.channels.items()]
+
+
+def _mask_in(stored: tuple[dict[str, np.ndarray], list[tuple[Any, np.ndarray]]]) -> Mask:
+    bits, channels = stored
+    return Mask(_tree_in(bits), {group: torch.from_numpy(kept) for group, kept in channels})

@@ -1,0 +1,114 @@
+"""A method is a value: six parts behind three verbs (init, assign, step). The loop needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from prfl import merge, saliency, signals
+from prfl.cut import Cut, Ranking
+from prfl.density import constant
+from prfl.types import Architecture, Arrival, Density, Merge, Saliency, State, Task, Tree, Work
+
+Plan = Callable[[int], Work]
+"""What clients do, by version."""
+
+
+class Remask(Protocol):
+    """When the ranking is renewed, and in which versions clients are asked to report for it."""
+
+    def listens(self, version: int) -> bool: ...
+    def __call__(self, method: Method, state: State, arrivals: Sequence[Arrival]) -> State: ...
+
+
+@dataclass(frozen=True)
+class rerank:
+    """Rank anew every so many versions; the masks of all densities stay frozen in between.
+
+    Clients send their statistic with the tasks of the last `listen` versions before that (0: with every task).
+    """
+
+    every: int = 1
+    listen: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.listen < 0:
+            raise ValueError(f"rerank: every >= 1 and listen >= 0 wanted, got {self.every} and {self.listen}")
+
+    def listens(self, version: int) -> bool:
+        return not self.listen or version % self.every >= self.every - self.listen
+
+    def __call__(self, method: Method, state: State, arrivals: Sequence[Arrival]) -> State:
+        if state.version % self.every:
+            return state
+        signal = None if state.signal is None else signals.settle(state.signal)
+        scores = method.saliency(state.params, None if signal is None else signal.known)
+        return replace(state, signal=signal, rank=method.ranking(scores, state.params, state.architecture))
+
+
+@dataclass(frozen=True)
+class never:
+    """The ranking of the start is kept: position-based and static masks."""
+
+    def listens(self, version: int) -> bool:
+        return False
+
+    def __call__(self, method: Method, state: State, arrivals: Sequence[Arrival]) -> State:
+        return state
+
+
+def phases(*steps: tuple[float, Work]) -> Plan:
+    """Work by version: `phases((100, Work(lr=0.1)), (inf, Work(lr=0.01)))`."""
+    return lambda version: next(work for end, work in steps if version < end)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The parts of a method. `costs`: what one kept weight of each entry costs, by architecture; divides scores."""
+
+    density: Density = field(default_factory=constant)
+    saliency: Saliency = field(default_factory=saliency.magnitude)
+    merge: Merge = field(default_factory=merge.masked_mean)
+    cut: Cut = field(default_factory=Cut)
+    work: Work | Plan = field(default_factory=Work)
+    remask: Remask = field(default_factory=rerank)
+    costs: Callable[[Architecture], Mapping[str, float]] | None = None
+
+    def init(
+        self,
+        params: Tree,
+        architecture: Architecture | None = None,
+        classes: Mapping[int, str] | None = None,
+        seed: int = 0,
+    ) -> State:
+        """The state before any task. `classes`: every client's device class. Ranked without any report."""
+        architecture = architecture or Architecture()
+        rank = self.ranking(self.saliency(params, None), params, architecture)
+        memories = self.density.init(), self.merge.init()
+        return State(0, params, rank, architecture, classes or {}, None, *memories, seed=seed)
+
+    def assign(self, state: State, client: int, rng: np.random.Generator) -> Task:
+        """A task at the client's density; its seed is drawn from `rng`."""
+        share = self.density.ask(state, client, rng)
+        work = self.work if isinstance(self.work, Work) else self.work(state.version)
+        if self.saliency.needs and self.remask.listens(state.version):
+            work = replace(work, report=cast(Any, self.saliency.needs))
+        seed = int(rng.integers(2**63))
+        return Task(client, state.version, state.params, state.rank.mask(share), work, seed, share)
+
+    def step(self, state: State, arrivals: Sequence[Arrival]) -> State:
+        """The next version from all arrivals since the last one, the failed among them."""
+        came = [a for a in arrivals if a.update is not None]
+        params, memory = self.merge(state, came)
+        signal = signals.observe(state.signal, state.params, came)
+        learned = self.density.tell(state, arrivals)
+        state = replace(state, version=state.version + 1, params=params, merge=memory, signal=signal, density=learned)
+        return self.remask(self, state, came)
+
+    def ranking(self, scores: Tree, params: Tree, architecture: Architecture) -> Ranking:
+        """Scores as the ranking that masks are cut from."""
+        costs = self.costs(architecture) if self.costs else None
+        return self.cut.rank(scores, params, architecture.groups, costs)

@@ -1,0 +1,74 @@
+"""PR-FL (Ma, 2024): small nested models first, capacity given back on a plateau, merged over a cache of all clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Literal
+
+from prfl import density, saliency, staleness
+from prfl.cache import buff_mask_fed_avg
+from prfl.cut import Cut
+from prfl.recovery import recover as regrow
+from prfl.types import Architecture, Work
+from strategies.method import Method, rerank
+
+PAPER = "Ma, 2024, arXiv 2403.15439"
+
+SEND = 5.5616e-6  # seconds to send one weight (PruneFL's coefficient, as published)
+COMPUTE = {True: 6.0e-10, False: 3.2e-9}  # seconds a multiply-add, convolution or not: PruneFL's for FEMNIST, over macs
+
+Score = Literal["last_batch_g2", "accumulated_g2", "magnitude", "change"]
+
+
+def pr_fl(
+    floor: float = 0.1,
+    core: float = 0.05,
+    every: int = 10,
+    patience: int = 10,
+    step: float = 0.2,
+    a: float = 0.6,
+    rule: Literal["ratio", "tuned", "eq4"] = "ratio",
+    score: Score = "accumulated_g2",
+    growth: Literal["score", "score_per_cost"] = "score_per_cost",
+    cache: Literal["growing", "frozen"] = "growing",
+    listen: int = 1,
+    unit: Literal["weights", "channels"] = "weights",
+    recover: bool = True,
+    work: Work = Work(),
+) -> Method:
+    """The paper's semantics by default; the released code's are rule="tuned", score="last_batch_g2", cache="frozen".
+
+    floor: rho_min, the least density of stage 1. core: share of every layer kept by magnitude. every: versions between
+    rankings, density steps and plateau checks. patience: checks without improvement before a density rises by `step`.
+    growth: the rest is ranked by score, or by score per cost of a weight. listen: versions before a ranking whose tasks
+    ask for the statistic (0: all; ours, since its bytes are counted). unit "channels" is ours.
+    """
+    first = density.by_time(floor=floor, rule=rule, window=every, every=every)
+    return Method(
+        density=regrow(first, step=step, patience=patience, every=every, floor=floor) if recover else first,
+        saliency=REPORTS[score],
+        cut=Cut(unit, "layer") if unit == "channels" else Cut(spread="model", floor=core, core="magnitude"),
+        merge=buff_mask_fed_avg(cache, staleness.polynomial(a)),
+        work=replace(work, normalise=True, window="last" if score == "last_batch_g2" else "all"),
+        remask=rerank(every, listen),
+        costs=seconds(work) if growth == "score_per_cost" and unit == "weights" else None,
+    )
+
+
+REPORTS: Mapping[Score, saliency.magnitude | saliency.signal] = {
+    "last_batch_g2": saliency.signal("gradient2"),
+    "accumulated_g2": saliency.signal("gradient2"),
+    "magnitude": saliency.magnitude(),
+    "change": saliency.signal("change"),
+}
+
+
+def seconds(work: Work) -> Callable[[Architecture], Mapping[str, float]]:
+    """What a kept weight costs a client and round: sent once, used in every local step (PR-FL's c_l)."""
+    samples = (work.steps or work.epochs) * work.batch
+
+    def per_weight(architecture: Architecture) -> Mapping[str, float]:
+        return {k: SEND + 3 * samples * macs * COMPUTE[macs > 1] for k, macs in architecture.macs.items()}
+
+    return per_weight

@@ -1,0 +1,64 @@
+"""The methods by name, and how a method's YAML becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prfl import config, cut, density, merge, saliency
+from prfl.config import ConfigError, Spec
+from prfl.types import Work
+from strategies import fedasync, fedavg, fedbuff, fedfix, fedgmr, fedprox, heterofl, pr_fl
+from strategies.method import Method, never, rerank
+
+
+@dataclass(frozen=True)
+class Row:
+    """`make(...)`: the method with its options; `pacing`: the one its paper runs it in."""
+
+    make: Callable[..., Method]
+    paper: str
+    pacing: str
+
+
+METHODS: dict[str, Row] = {
+    "fedavg": Row(fedavg.fedavg, fedavg.PAPER, "sync"),
+    "fedprox": Row(fedprox.fedprox, fedprox.PAPER, "sync"),
+    "fedasync": Row(fedasync.fedasync, fedasync.PAPER, "one_arrival"),
+    "fedbuff": Row(fedbuff.fedbuff, fedbuff.PAPER, "buffered"),
+    "fedfix": Row(fedfix.fedfix, fedfix.PAPER, "window"),
+    "heterofl": Row(heterofl.heterofl, heterofl.PAPER, "sync"),
+    "pr_fl": Row(pr_fl.pr_fl, pr_fl.PAPER, "window"),
+    "fedgmr": Row(fedgmr.fedgmr, fedgmr.PAPER, "window"),
+}
+
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "density": density.TABLE,
+    "saliency": saliency.TABLE,
+    "merge": merge.TABLE,
+    "cut": {"cut": cut.Cut},
+    "remask": {"rerank": rerank, "never": never},
+}
+
+
+def method(spec: Spec, work: Work) -> Method:
+    """A method by name with options, or its parts themselves; `work` is the experiment's. Raises ConfigError."""
+    if isinstance(spec, str) or "name" in spec:
+        table = {name: row.make for name, row in METHODS.items()}
+        return config.part("method", spec, table, work=work)  # type: ignore[no-any-return]
+    if extra := set(spec) - set(PARTS):
+        raise ConfigError(f"method: no part {', '.join(sorted(extra))}; have {', '.join(PARTS)}, or name one")
+    named = {"cut": "cut", "remask": "rerank"}  # what may go without a name
+    parts = {
+        kind: config.part(kind, {"name": named[kind], **value} if kind in named and isinstance(value, dict) else value,
+                          PARTS[kind])
+        for kind, value in spec.items()
+    }  # fmt: skip
+    return Method(**parts, work=work)
+
+
+def described(m: Method) -> tuple[str, ...]:
+    """The names of a method's parts: density, saliency, merge, cut, remask."""
+    cut = f"{m.cut.unit} by {m.cut.spread}"
+    return (*(type(p).__name__ for p in (m.density, m.saliency, m.merge)), cut, type(m.remask).__name__)

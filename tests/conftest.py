@@ -1,0 +1,10 @@
+"""One thread and no telemetry in every test."""
+
+import os
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import torch
+
+torch.set_num_threads(1)
