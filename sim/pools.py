@@ -1,0 +1,22 @@
+"""Ways to make workers for a run: what `--workers` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from clients import local
+from prfl.problem import Problem
+from sim.workers import Ray, Run, Serial, Workers
+
+Pool = Callable[[Callable[[], Run], Problem], Workers]
+"""From a factory for far processes, or from the problem as it is in this one."""
+
+
+def serial(make: Callable[[], Run], given: Problem) -> Workers:
+    """Training in this process."""
+    return Serial(local.Local(given).train)
+
+
+def ray(workers: int, address: str | None = None) -> Pool:
+    """Training on so many Ray actors, of a cluster of our own or the one at `address`."""
+    return lambda make, given: Ray(make, workers, address)
