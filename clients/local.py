@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from prfl.data import Samples
 from torch import nn
 
 from clients import train
 from prfl import models, problem
 from prfl.config import Experiment
+from prfl.data import Samples
 from prfl.problem import Problem
 from prfl.types import Task, Tree, Update
 

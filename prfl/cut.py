@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prfl.masks import DENSE, Mask, prunable
+from prfl.masks import Mask, prunable
 from prfl.types import Group, Tree
 
 
@@ -44,7 +44,7 @@ class Ranking:
             raise ValueError(f"density must be in (0, 1], got {share:g}")
         if share not in self._cuts:
             make = self._channels if self.cut.unit == "channels" else self._weights
-            self._cuts[share] = DENSE if share == 1 else make(share)
+            self._cuts[share] = Mask(ranking=self) if share == 1 else make(share)
         return self._cuts[share]
 
     @cached_property
@@ -82,7 +82,9 @@ class Ranking:
                 order, core = self._orders[k]
                 parts[k] = torch.zeros(size, dtype=torch.bool)
                 parts[k][order[: max(core, round(shares[k] * size), 1)]] = True
-        return Mask({k: part.view(self.params[k].shape) for k, part in parts.items() if not bool(part.all())})
+        return Mask(
+            {k: part.view(self.params[k].shape) for k, part in parts.items() if not bool(part.all())}, ranking=self
+        )
 
     @cached_property
     def _channel_orders(self) -> dict[Group, Tensor]:
@@ -92,7 +94,7 @@ class Ranking:
         width = share**0.5 if self.cut.width == "sqrt" else share
         least = max(width, self.cut.floor)
         kept = {g: order[: ceil(least * g.size - 1e-9)] for g, order in self._channel_orders.items()}
-        return Mask(channels={g: at.sort().values for g, at in kept.items()})
+        return Mask(channels={g: at.sort().values for g, at in kept.items()}, ranking=self)
 
 
 @dataclass(frozen=True)

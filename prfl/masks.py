@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prfl.types import Group, Tree
+
+if TYPE_CHECKING:
+    from prfl.cut import Ranking
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,15 +23,17 @@ class Mask:
     """The kept part of a model: single weights (`bits`), channels of coupled groups (`channels`), the rest whole.
 
     `bits[entry]`: bool in the entry's shape. `channels[group]`: ascending kept channel indices, int64.
-    An entry with bits is moved by its bits, even where a group runs through it.
+    An entry with bits is moved by its bits, even where a group runs through it. `ranking`: what the mask was cut from,
+    if anything; all masks of one ranking are nested.
     """
 
     bits: Tree = field(default_factory=dict)
     channels: Mapping[Group, Tensor] = field(default_factory=dict)
+    ranking: Ranking | None = field(default=None, repr=False)
 
     @cached_property
     def _flat(self) -> dict[str, Tensor]:
-        return {name: bits.flatten().nonzero().flatten() for name, bits in self.bits.items()}
+        return {k: torch.from_numpy(np.flatnonzero(bits.numpy())) for k, bits in self.bits.items()}
 
     @cached_property
     def _sides(self) -> dict[str, dict[int, Tensor]]:
@@ -76,7 +83,7 @@ class Mask:
     def gather(self, entry: str, tensor: Tensor) -> Tensor:
         """Kept values of a full tensor, 1-D in row-major order."""
         if entry in self.bits:
-            return tensor.reshape(-1)[self._flat[entry]]
+            return tensor.reshape(-1).index_select(0, self._flat[entry])
         return self.slice(entry, tensor).reshape(-1)
 
     def scatter(self, entry: str, values: Tensor, into: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ class Mask:
             return values.reshape(into.shape).clone()
         out = into.clone()
         if entry in self.bits:
-            out.view(-1)[self._flat[entry]] = values
+            out.view(-1).index_copy_(0, self._flat[entry], values)
         else:
             out[self._grid(entry, into.shape)] = values.reshape(self.shape(entry, into.shape))
         return out

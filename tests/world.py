@@ -35,7 +35,7 @@ PACINGS: dict[str, Pacing] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "pr_fl": {"every": 2, "patience": 1},
     "fedgmr": {"every": 2, "patience": 1},
-    "heterofl": {"head": ["3.weight", "3.bias"]},
+    "heterofl": {"head": ["fc2.weight", "fc2.bias"]},
 }
 
 

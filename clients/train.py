@@ -1,0 +1,231 @@
+"""Local training: what a client does with a task, one function in simulation and on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clients import statistics
+from clients.shrink import shrink, sliced_bits
+from prfl.data import Samples
+from prfl.masks import Mask
+from prfl.models import entries
+from prfl.types import Task, Tree, Update, Work
+
+
+class Diverged(ValueError):
+    """Local training came to values that are not finite."""
+
+
+def train(task: Task, model: nn.Module, samples: Samples) -> Update:
+    """Train the part of the task's parameters that its mask keeps, by mini-batch SGD on the client's samples.
+
+    model: a skeleton; its own values do not matter, and it is left as it was. With channel masks the physically small
+    model is trained; with weight masks gradients and weights stay masked. The result depends on nothing but the task
+    and the samples, to the bit, on a given machine and number of threads.
+
+    Metrics: `loss` (mean over the samples seen, without the proximal term), `loss_first` and `loss_last` (of those
+    mini-batches), `accuracy` (over the samples seen, before each step), `samples` (seen, repeats included), `steps`;
+    with `Work.absent` "zero" also `class/<i>` = 1 for every class that the client has. The weight is its number of
+    samples. Diverged: a loss or a weight is not finite. ValueError: no samples, or too few for BatchNorm.
+    """
+    work = task.work
+    net, values, held = _received(task, model)
+    start = held.apply(values)
+    plan = _plan(task, len(samples), whole=any(isinstance(m, _BatchNorm) for m in net.modules()))
+    measure = LOSSES[work.loss]
+    present = torch.unique(samples.y) if work.absent == "zero" else samples.y[:0]
+    losses: list[Tensor] = []
+    hits: list[Tensor] = []
+    total: list[Tensor] | None = None
+    with _borrowed(net, start, task) as local, _scaled(net, task):
+        weights = {k: p for k, p in net.named_parameters() if p.requires_grad}
+        descend = _descent(work, weights, held)
+        for step, at in enumerate(plan, 1):
+            x, y = samples.batch(at)
+            logits = net(x)
+            if work.absent == "zero":
+                logits = _only(present, logits)
+            loss = measure(logits, y)
+            torch.autograd.backward(loss)
+            gradients = [_taken(p) for p in weights.values()]
+            if statistics.needs_gradient(work) and (work.window == "all" or step == len(plan)):
+                total = statistics.collect(total, gradients)
+            descend(gradients)
+            losses.append(loss.detach())
+            hits.append(logits.detach().argmax(1) == y)
+        delta = {k: held.gather(k, v.data - start[k]) for k, v in local.items()}
+    _check(losses, delta, work)
+    seen = sum(len(at) for at in plan)
+    metrics = _metrics(losses, hits) | {"samples": float(seen), "steps": float(len(plan))}
+    if work.absent == "zero":
+        metrics |= {f"class/{i}": 1.0 for i in present.tolist()}
+    signal = None
+    if work.report:
+        gradient, change = dict(zip(weights, total or (), strict=False)), {k: delta[k] for k in weights}
+        signal = statistics.report(task, held, gradient, change, seen)
+    return Update(task.client, task.version, delta, task.mask, float(len(samples)), metrics, signal)
+
+
+def _received(task: Task, model: nn.Module) -> tuple[nn.Module, Tree, Mask]:
+    """The network to train, its values, and which single weights of it are held."""
+    mask, params = task.mask, task.params
+    if not mask.channels:
+        return model, params, mask
+    if statistics.needs_dense(task.work):
+        return model, params, Mask({k: mask.where(k, v.shape) for k, v in params.items() if not mask.whole(k)})
+    small = shrink(model, mask, params)
+    bits = {k: sliced_bits(mask, k) for k in mask.bits}
+    return small, entries(small), Mask({k: v for k, v in bits.items() if v is not None})
+
+
+def _plan(task: Task, samples: int, whole: bool) -> list[Tensor]:
+    """The sample indices of every mini-batch, reshuffled each pass. whole: batches of one are not possible."""
+    work = task.work
+    if work.batch < 1 or max(work.steps, work.epochs) < 1:
+        raise ValueError(f"work: need batch and epochs or steps above 0, got {work.batch}, {work.epochs}, {work.steps}")
+    if not samples:
+        raise ValueError(f"client {task.client} has no samples to train on")
+    if whole and min(samples, work.batch) < 2:
+        raise ValueError(
+            f"client {task.client}: BatchNorm needs batches of two or more, got {samples} samples, batch {work.batch}"
+        )
+    generator = torch.Generator().manual_seed(task.seed)
+    plan: list[Tensor] = []
+    passes = 0
+    while len(plan) < work.steps if work.steps else passes < work.epochs:
+        plan += batches(torch.randperm(samples, generator=generator), work.batch, whole)
+        passes += 1
+    return plan[: work.steps] if work.steps else plan
+
+
+def batches(order: Tensor, size: int, whole: bool) -> list[Tensor]:
+    """An order of samples in batches of `size`. whole: a last batch of one joins the one before it, for BatchNorm."""
+    parts = list(torch.split(order, size))
+    if whole and len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+@contextmanager
+def _borrowed(net: nn.Module, start: Tree, task: Task) -> Iterator[Tree]:
+    """The entries of the network, lent for training with values of their own; afterwards all is as it was."""
+    tensors = net.state_dict(keep_vars=True)
+    local = {k: t for k, t in tensors.items() if t.is_floating_point()}
+    if {k: t.shape for k, t in local.items()} != {k: v.shape for k, v in start.items()}:
+        raise ValueError(f"client {task.client}: the task's parameters do not fit the model")
+    tensors = dict(net.named_buffers()) | tensors
+    modules = list(net.modules())
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = {k: t.data for k, t in tensors.items()}
+    modes = [m.training for m in modules]
+    generator = torch.get_rng_state()
+    torch.default_generator.manual_seed(task.seed)  # for dropout
+    for k, t in tensors.items():
+        t.data, t.grad = _own(start.get(k, t.data)), None
+    for m in norms:
+        m.track_running_stats = task.work.statistics == "share"
+    net.train()
+    try:
+        yield local
+    finally:
+        for k, t in tensors.items():
+            t.data, t.grad = before[k], None
+        for m in norms:
+            m.track_running_stats = True
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        torch.set_rng_state(generator)
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy; channels last for convolutions, which run a tenth to two fifths faster that way."""
+    return value.clone(memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format)
+
+
+@contextmanager
+def _scaled(net: nn.Module, task: Task) -> Iterator[None]:
+    """HeteroFL's Scaler (section 3): outputs of a cut layer are divided by the share of them that the client keeps.
+
+    As published it is one rate per client; ours is each layer's own share, the same but for rounding.
+    """
+    hooks = []
+    for name, module in net.named_modules() if task.work.scaler else ():
+        kept = task.mask.sides(f"{name}.weight").get(0)
+        if kept is not None and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            share = len(kept) / task.params[f"{name}.weight"].shape[0]
+            hooks.append(module.register_forward_hook(lambda _, __, out, share=share: out / share))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _descent(work: Work, weights: dict[str, nn.Parameter], held: Mask) -> Callable[[list[Tensor]], None]:
+    """One SGD step as torch.optim.SGD takes it, on gradients that it may change; penalty, then clipping, then decay."""
+    values = [p.data for p in weights.values()]
+    masked = [
+        (i, torch.empty_like(v).copy_(held.bits[k]))
+        for i, (k, v) in enumerate(zip(weights, values, strict=True))
+        if k in held.bits
+    ]
+    start = [v.clone() for v in values] if work.proximal else []
+    velocity = [torch.zeros_like(v) for v in values] if work.momentum else []
+
+    def step(gradients: list[Tensor]) -> None:
+        for i, mask in masked:
+            gradients[i].mul_(mask)
+        if work.proximal:
+            torch._foreach_add_(gradients, torch._foreach_sub(values, start), alpha=work.proximal)
+        if work.clip:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            torch._foreach_mul_(gradients, (work.clip / (norm + 1e-6)).clamp_(max=1.0))
+        if work.weight_decay:
+            torch._foreach_add_(gradients, values, alpha=work.weight_decay)
+        if work.momentum:
+            torch._foreach_mul_(velocity, work.momentum)
+            torch._foreach_add_(velocity, gradients)
+        torch._foreach_add_(values, velocity or gradients, alpha=-work.lr)
+
+    return step
+
+
+def _taken(weight: nn.Parameter) -> Tensor:
+    """The gradient of a weight, which is left without one; zero where the loss does not depend on it."""
+    gradient, weight.grad = weight.grad, None
+    return torch.zeros_like(weight) if gradient is None else gradient
+
+
+def _only(present: Tensor, logits: Tensor) -> Tensor:
+    """Logits, zero (not minus infinity) for classes that the client lacks: HeteroFL's masked cross-entropy."""
+    return logits * torch.zeros(logits.shape[1]).index_fill_(0, present, 1.0)
+
+
+def _binary(logits: Tensor, y: Tensor) -> Tensor:
+    """Binary cross-entropy on one-hot labels, mean over samples and classes."""
+    return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits).scatter_(1, y[:, None], 1.0))
+
+
+def _check(losses: Sequence[Tensor], delta: Tree, work: Work) -> None:
+    for step, loss in enumerate(torch.stack(list(losses)).tolist(), 1):
+        if not isfinite(loss):
+            raise Diverged(f"loss became {loss:g} at step {step} (lr {work.lr:g})")
+    if not isfinite(sum(float(v.sum()) for v in delta.values())):
+        raise Diverged(f"weights became infinite or nan at step {len(losses)} (lr {work.lr:g})")
+
+
+def _metrics(losses: Sequence[Tensor], hits: Sequence[Tensor]) -> dict[str, float]:
+    values, sizes = torch.stack(list(losses)).tolist(), [len(h) for h in hits]
+    mean = sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
+    right = torch.cat(list(hits)).double().mean()
+    return {"loss": mean, "loss_first": values[0], "loss_last": values[-1], "accuracy": float(right)}
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "bce": _binary}

@@ -1,0 +1,316 @@
+"""The wire format: one checked envelope per message, and tasks and updates in it; no pickle, no names, no shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, compress
+from math import frexp, isfinite, prod
+from struct import Struct, error
+from typing import Any, Literal, get_args, get_type_hints
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prfl.bitstream import Layout, Reader, Refused, decode_mask, decode_set, digest, encode_mask, encode_set, name_mask
+from prfl.masks import Mask
+from prfl.types import Task, Tree, Update, Work
+
+__all__ = ["Codec", "Layout", "Refused", "digest", "open_values", "seal", "seal_values", "unseal"]
+
+Values = Literal["float32", "float16", "int8"]
+Part = bytes | memoryview
+KINDS = ("a task", "an update", "an increment")
+TASK, UPDATE, INCREMENT = range(3)
+
+_MAGIC, _FORMAT = b"prfl", 1
+_HEAD = Struct("<4sBBxx8s")  # magic, format, kind, the layout's checksum; the lengths of the sections follow
+_CRC = Struct("<I")
+_TASK = Struct("<QQQd")  # client, version, seed, density
+_UPDATE = Struct("<QQd")  # client, version, weight
+_TYPES = (torch.float32, torch.float16, torch.int8)  # in the order of Values
+_WORK = get_type_hints(Work)
+_LONGEST = 1 << 16  # bytes of JSON
+
+
+def seal(kind: int, layout: Layout, *sections: Sequence[Part]) -> bytes:
+    """Head, lengths, sections, CRC-32: every part is copied once. All numbers are little-endian."""
+    sizes = Struct(f"<{len(sections)}Q").pack(*(sum(memoryview(p).nbytes for p in s) for s in sections))
+    parts = [_HEAD.pack(_MAGIC, _FORMAT, kind, layout.checksum), sizes, *chain.from_iterable(sections)]
+    check = 0
+    for part in parts:
+        check = crc32(part, check)
+    return b"".join((*parts, _CRC.pack(check)))
+
+
+def unseal(data: bytes, kind: int, layout: Layout, sections: int) -> list[Reader]:
+    """The sections of a message of this kind and model, not copied; Refused for anything else."""
+    view, lengths = memoryview(data), Struct(f"<{sections}Q")
+    start, end = _HEAD.size + lengths.size, len(view) - _CRC.size
+    if end < start:
+        raise Refused(f"truncated: {len(view)} bytes")
+    magic, version, sort, model = _HEAD.unpack_from(view)
+    if magic != _MAGIC:
+        raise Refused("not a message of prfl")
+    if version != _FORMAT:
+        raise Refused(f"format {version}, this side speaks {_FORMAT}")
+    if sort != kind:
+        raise Refused(f"{KINDS[kind]} was expected, not {KINDS[sort] if sort < len(KINDS) else sort}")
+    sizes = lengths.unpack_from(view, _HEAD.size)
+    if over := end - start - sum(sizes):
+        raise Refused(f"truncated: {-over} bytes are missing" if over < 0 else f"{over} bytes too many")
+    if crc32(view[:end]) != _CRC.unpack_from(view, end)[0]:
+        raise Refused("checksum")
+    if model != layout.checksum:
+        raise Refused("another model")
+    body = Reader(view, start)
+    return [Reader(body.take(size)) for size in sizes]
+
+
+def seal_values(values: Values, tensors: Iterable[Tensor], seed: Sequence[int]) -> list[Part]:
+    """1-D float32 tensors as their type, a float32 scale by tensor unless exact, and their codes in one row."""
+    code = bytes([get_args(Values).index(values)])
+    if values == "float32":
+        return [code, *(t.numpy().data for t in tensors)]
+    if values == "float16":
+        pairs = [_halve(t) for t in tensors]
+    else:
+        rng = np.random.default_rng(seed)
+        pairs = [_quantise(t, rng) for t in tensors]
+    return [code, np.array([s for s, _ in pairs], np.float32).data, *(c.numpy().data for _, c in pairs)]
+
+
+def open_values(section: Reader, names: Sequence[str], sizes: Sequence[int], what: str = "") -> dict[str, Tensor]:
+    """1-D float32 by name; Refused when the length is not that of `sizes`, or a value is not finite."""
+    out, flat = _read(section, names, sizes)
+    if not isfinite(flat.sum().item()):  # a finite sum has finite terms and is 40 times as fast as looking at each
+        for k, values in out.items():
+            if not bool(values.isfinite().all()):
+                raise Refused(f"{'NaN' if bool(values.isnan().any()) else 'Inf'} in {what}{k}")
+    return out
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How values travel. A receiver reads every kind, whatever its own setting; both sides give the same `Layout`.
+
+    float32: exact. float16: scaled by a power of two per entry, so that none overflows; off by at most 2^-11 of the
+    value or 2^-39 of the entry's largest. int8: steps of 1/127 of the entry's largest, rounded up or down at random
+    from the task's seed: unbiased, off by less than a step (QSGD, Alistarh et al. 2017, section 3.1; the largest in
+    place of the norm is ours).
+    """
+
+    values: Values = "float32"
+
+    def __post_init__(self) -> None:
+        if self.values not in get_args(Values):
+            raise ValueError(f"codec: no values {self.values!r}; have {', '.join(get_args(Values))}")
+
+    @property
+    def lossless(self) -> bool:
+        return self.values == "float32"
+
+    def encode_task(self, task: Task, layout: Layout, *, known: bool = False, apart: bool = False) -> bytes:
+        """`known`: the client holds this very mask, 8 bytes stand for it. `apart`: the params travel as increments."""
+        if {k: tuple(v.shape) for k, v in task.params.items()} != layout.shapes:
+            raise ValueError("the task's parameters are not those of the layout")
+        values: list[Part] = []
+        if not apart:
+            kept = {k: task.mask.gather(k, task.params[k]) for k in layout.shapes}
+            values = seal_values(self.values, _checked(kept, kept, layout.sizes(task.mask)), _seed(TASK, task))
+        return seal(
+            TASK,
+            layout,
+            [_pack(_TASK, task.client, task.version, task.seed, task.density)],
+            [_json(vars(task.work))],
+            [name_mask(task.mask) if known else encode_mask(task.mask, layout)],
+            values,
+        )
+
+    def decode_task(self, data: bytes, layout: Layout, held: Mask | None = None, joined: Tree | None = None) -> Task:
+        """`params` in full shape, zero outside the mask; Refused when it is no task for this model.
+
+        `held`: the mask the client kept from before. `joined`: the params when they came apart.
+        """
+        fields, work, mask_bytes, values = unseal(data, TASK, layout, 4)
+        client, version, seed, density = _unpack(_TASK, fields)
+        if not 0 < density <= 1:
+            raise Refused(f"density {density:g} is not in (0, 1]")
+        mask = decode_mask(mask_bytes, layout, held=held)
+        if len(values.data):
+            packed = open_values(values, list(layout.shapes), layout.sizes(mask))
+            joined = {
+                k: packed[k].view(shape) if mask.whole(k) else mask.scatter(k, packed[k], torch.zeros(shape))
+                for k, shape in layout.shapes.items()
+            }
+        if joined is None:
+            raise Refused("values: they came apart and were not joined")
+        return Task(client, version, joined, mask, _work(work), seed, density)
+
+    def encode_update(
+        self, update: Update, task: Task, layout: Layout, *, carry: Tree | None = None
+    ) -> tuple[bytes, Tree | None]:
+        """The answer to `task`; a mask that is the task's is not sent.
+
+        `carry`: what rounding withheld so far, in full shape: added before rounding and returned new (error
+        feedback, Seide et al. 2014). None when nothing is lost.
+        """
+        if (update.client, update.version) != (task.client, task.version):
+            raise ValueError(f"update of {update.client}, {update.version} for task of {task.client}, {task.version}")
+        mask = update.mask
+        same = mask is task.mask or digest(mask) == digest(task.mask)
+        sizes = layout.sizes(mask)
+        delta = _checked(update.delta, layout.shapes, sizes)
+        if carry is not None:
+            delta = [v + mask.gather(k, carry[k]) for k, v in zip(layout.shapes, delta, strict=True)]
+        values = seal_values(self.values, delta, _seed(UPDATE, task))
+        signal: list[Part] = []
+        if update.signal is not None:
+            present = [k in update.signal for k in layout.shapes]
+            names, counts = _reported(present, layout, sizes, task.work)
+            signal = seal_values(self.values, _checked(update.signal, names, counts), _seed(UPDATE, task, 1))
+            signal.insert(0, encode_set(np.array(present)))
+        data = seal(
+            UPDATE,
+            layout,
+            [_pack(_UPDATE, update.client, update.version, update.weight)],
+            [_json({k: float(v) for k, v in update.metrics.items()})],
+            [] if same else [encode_mask(mask, layout)],
+            values,
+            signal,
+        )
+        if self.lossless:
+            return data, None
+        sent, _ = _read(Reader(memoryview(b"".join(values))), list(layout.shapes), sizes)
+        withheld = {}
+        for (k, shape), v in zip(layout.shapes.items(), delta, strict=True):
+            lost = v - sent[k]
+            if not isfinite(lost.sum().item()):  # NaN and Inf are no fault of the rounding
+                lost = lost.nan_to_num(0, 0, 0)
+            withheld[k] = mask.scatter(k, lost, torch.zeros(shape) if carry is None else carry[k])
+        return data, withheld
+
+    def decode_update(self, data: bytes, task: Task, layout: Layout) -> Update:
+        """The answer to `task`; Refused when it is none, or no weight, metric, delta or signal to work with."""
+        fields, metrics, mask_bytes, values, report = unseal(data, UPDATE, layout, 5)
+        client, version, weight = _unpack(_UPDATE, fields)
+        if (client, version) != (task.client, task.version):
+            raise Refused(f"client {client}, version {version}, not {task.client}, {task.version} as asked")
+        if not 0 < weight < float("inf"):
+            raise Refused(f"weight {weight:g} is not finite and positive")
+        scores = _object(metrics, "metrics")
+        for k, v in scores.items():
+            if type(v) is not float or not isfinite(v) or not k.isprintable():
+                raise Refused(f"metrics: {k!a:.40} is no finite number")
+        mask = decode_mask(mask_bytes, layout) if len(mask_bytes.data) else task.mask
+        names, sizes = list(layout.shapes), layout.sizes(mask)
+        delta, signal = open_values(values, names, sizes), None
+        if len(report.data):
+            present = decode_set(report, len(names))
+            if present is None:
+                raise Refused("signal: no entries")
+            signal = open_values(report, *_reported(present.tolist(), layout, sizes, task.work), "signal ")
+        return Update(client, version, delta, mask, weight, scores, signal)
+
+
+def _halve(values: Tensor) -> tuple[float, Tensor]:
+    scale = 2.0 ** max(frexp(_largest(values))[1] - 15, -126)
+    return scale, (values / scale).half()
+
+
+def _quantise(values: Tensor, rng: np.random.Generator) -> tuple[float, Tensor]:
+    scale = float(np.float32(_largest(values) / 127))
+    if not 2.0**-126 <= scale < float("inf"):  # too small to divide by; or NaN or Inf, which the scale alone tells
+        return 0.0 if scale < 1 else scale, torch.zeros(len(values), dtype=torch.int8)
+    draws = rng.integers(2**64, size=(len(values) + 3) // 4, dtype=np.uint64).view(np.uint16)[: len(values)]
+    noise = torch.from_numpy(draws.astype(np.float32)).add_(0.5).mul_(2.0**-16)
+    return scale, noise.add_(values / scale).floor_().clamp_(-127, 127).to(torch.int8)
+
+
+def _largest(values: Tensor) -> float:
+    if not len(values):
+        return 0.0
+    low, high = values.aminmax()
+    return max(-low.item(), high.item())
+
+
+def _read(section: Reader, names: Sequence[str], sizes: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+    (code,) = section.fields("<B")
+    if code >= len(_TYPES):
+        raise Refused(f"values: no type {code}")
+    total, dtype, scaled = sum(sizes), _TYPES[code], 4 * len(sizes) if code else 0
+    length = total * dtype.itemsize + scaled
+    if len(section.data) - section.at != length:
+        raise Refused(f"values: {len(section.data) - section.at} bytes instead of {length}")
+    scales = np.frombuffer(section.take(scaled), "<f4").tolist()
+    flat = torch.empty(total, dtype=dtype)
+    flat.numpy().view(np.uint8)[:] = np.frombuffer(section.take(total * dtype.itemsize), np.uint8)
+    flat = flat.float()
+    out = dict(zip(names, torch.split(flat, list(sizes)), strict=True))
+    for k, scale in zip(names, scales, strict=False):
+        out[k].mul_(scale)
+    return out, flat
+
+
+def _reported(present: Sequence[bool], layout: Layout, kept: Sequence[int], work: Work) -> tuple[list[str], list[int]]:
+    """Names and sizes of a signal's entries."""
+    sizes = [prod(shape) for shape in layout.shapes.values()] if work.scope == "all" else kept
+    return list(compress(layout.shapes, present)), list(compress(sizes, present))
+
+
+def _checked(tree: Tree, names: Iterable[str], sizes: Sequence[int]) -> list[Tensor]:
+    """The named entries, ready to be written."""
+    out = []
+    for k, size in zip(names, sizes, strict=True):
+        if k not in tree or tree[k].dtype != torch.float32 or tree[k].shape != (size,):
+            have = f"{tree[k].dtype} of shape {tuple(tree[k].shape)}" if k in tree else "nothing"
+            raise ValueError(f"{k}: torch.float32 of shape ({size},) needed, got {have}")
+        out.append(tree[k].detach().contiguous())
+    return out
+
+
+def _seed(kind: int, task: Task, part: int = 0) -> tuple[int, ...]:
+    return (kind, part, task.seed, task.client, task.version)
+
+
+def _pack(form: Struct, *fields: float) -> bytes:
+    try:
+        return form.pack(*fields)
+    except error:
+        raise ValueError(f"client, version and seed must be in [0, 2^64), got {fields}") from None
+
+
+def _unpack(form: Struct, section: Reader) -> tuple[Any, ...]:
+    if len(section.data) != form.size:
+        raise Refused(f"fields of {len(section.data)} bytes instead of {form.size}")
+    return form.unpack(section.data)
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return json.dumps(dict(value), separators=(",", ":")).encode()
+
+
+def _object(section: Reader, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(str(section.data[:_LONGEST], "utf-8"))
+    except (ValueError, RecursionError):
+        raise Refused(f"{what}: not JSON of at most {_LONGEST} bytes") from None
+    if not isinstance(value, dict):
+        raise Refused(f"{what}: not a JSON object")
+    return value
+
+
+def _work(section: Reader) -> Work:
+    values = _object(section, "work")
+    if odd := values.keys() ^ _WORK.keys():
+        raise Refused(f"work: {min(odd)!a:.40} is in only one of message and Work")
+    for k, kind in _WORK.items():
+        v = values[k]
+        if type(v) is int and kind is float:
+            v = values[k] = float(v) if abs(v) < 2**53 else v
+        if not (v in get_args(kind) or (type(v) is kind and abs(v) < 2**53)):
+            raise Refused(f"work: {k} is {v!a:.40}")
+    return Work(**values)
