@@ -34,10 +34,10 @@ def place(
 
     download: True gives `folder/name` where nothing is found; None says that the set is not fetched by prfl.
     """
-    fetch = "" if download is None else "set `download: true` to fetch it, or "
     if folder is None:
+        fetch = "" if download is None else ", or with `download: true` to fetch them there"
         raise DataError(
-            f"data set {name}: no data folder given; {fetch}pass --data-dir DIR with its files in DIR/{name}"
+            f"data set {name}: no data folder given; pass --data-dir DIR with its files in DIR/{name}{fetch}"
         )
     roots = [folder / name, folder, *(folder / other for other in also)]
     for root in roots:
@@ -46,7 +46,7 @@ def place(
     if download:
         return roots[0]
     gone = next(file for file in files if not (roots[0] / file).exists())
-    fetch = fetch or "put it there, or "
+    fetch = "put it there, or " if download is None else "set `download: true` to fetch it, or "
     raise DataError(
         f"data set {name}: no {gone} in {roots[0]}; {fetch}point --data-dir at the folder that holds {name}"
     )
@@ -56,11 +56,13 @@ def arrays(name: str, path: Path, keys: Sequence[str]) -> list[Array]:
     """Arrays of an .npz file, by key; nothing is unpickled. Raises DataError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if gone := [key for key in keys if key not in file]:
-                raise DataError(f"data set {name}: {path} has no array {gone[0]!r}; have {', '.join(file)}")
-            return [file[key] for key in keys]
-    except (OSError, EOFError, BadZipFile, zlib.error) as broken:
-        raise DataError(f"data set {name}: {path} is damaged: {one_line(broken)}; fetch it anew") from None
+            have = list(file)
+            found = {key: file[key] for key in keys if key in have}
+    except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
+        raise DataError(f"data set {name}: {path} is damaged: {one_line(error)}; fetch it anew") from None
+    if gone := [key for key in keys if key not in found]:
+        raise DataError(f"data set {name}: {path} has no array {gone[0]!r}; have {', '.join(have)}")
+    return [found[key] for key in keys]
 
 
 def checked(name: str, x: Tensor, y: Tensor, classes: int) -> Split:

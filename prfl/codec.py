@@ -184,13 +184,14 @@ class Codec:
         )
         if self.lossless:
             return data, None
-        sent, _ = _read(Reader(memoryview(b"".join(values))), list(layout.shapes), sizes)
+        scales, *codes = map(np.asarray, values[1:])
         withheld = {}
-        for (k, shape), v in zip(layout.shapes.items(), delta, strict=True):
-            lost = v - sent[k]
+        for (k, shape), v, scale, code in zip(layout.shapes.items(), delta, scales.tolist(), codes, strict=True):
+            lost = torch.from_numpy(code).float().mul_(-scale).add_(v)
             if not isfinite(lost.sum().item()):  # NaN and Inf are no fault of the rounding
-                lost = lost.nan_to_num(0, 0, 0)
-            withheld[k] = mask.scatter(k, lost, torch.zeros(shape) if carry is None else carry[k])
+                lost.nan_to_num_(0, 0, 0)
+            before = torch.zeros(shape) if carry is None else carry[k]
+            withheld[k] = lost.view(shape) if mask.whole(k) else mask.scatter(k, lost, before)
         return data, withheld
 
     def decode_update(self, data: bytes, task: Task, layout: Layout) -> Update:
@@ -225,7 +226,7 @@ def _quantise(values: Tensor, rng: np.random.Generator) -> tuple[float, Tensor]:
     scale = float(np.float32(_largest(values) / 127))
     if not 2.0**-126 <= scale < float("inf"):  # too small to divide by; or NaN or Inf, which the scale alone tells
         return 0.0 if scale < 1 else scale, torch.zeros(len(values), dtype=torch.int8)
-    draws = rng.integers(2**64, size=(len(values) + 3) // 4, dtype=np.uint64).view(np.uint16)[: len(values)]
+    draws = np.asarray(rng.bit_generator.random_raw((len(values) + 3) // 4)).view(np.uint16)[: len(values)]
     noise = torch.from_numpy(draws.astype(np.float32)).add_(0.5).mul_(2.0**-16)
     return scale, noise.add_(values / scale).floor_().clamp_(-127, 127).to(torch.int8)
 

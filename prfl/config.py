@@ -47,12 +47,15 @@ class Data(_Section):
 
 
 class Devices(_Section):
-    """Who learns: profiles in shares (`mix`), or a fleet given client by client; and the network between."""
+    """Who learns: profiles in shares (`mix`), or a fleet given client by client; and the network between.
+
+    `profiles`: changes to the shipped profiles and new ones, field by field, or the file that holds them.
+    """
 
     mix: dict[str, float] = Field(default_factory=lambda: {"pi3": 0.3, "pi4": 0.3, "jetson_nano": 0.2, "laptop": 0.2})
     fleet: Spec | None = None
     spread: float = Field(0.0, ge=0)
-    profiles: str | None = None
+    profiles: str | dict[str, dict[str, Any]] | None = None
     network: Spec = "links"
 
 

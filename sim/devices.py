@@ -116,14 +116,15 @@ def draw(device: Device, seed: int) -> Draw:
     return Draw(bool(failed), exp(device.jitter * normal))
 
 
-def load(path: Path | None = None) -> dict[str, Device]:
-    """The shipped profiles by name, a user's own file laid over them field by field.
+def load(own: Path | Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Device]:
+    """The shipped profiles by name, a user's own (a file, or what one would hold) laid over them field by field.
 
     A new name needs all fields without a default, and `source`. Raises ValueError, one line.
     """
-    profiles, own = _read(SHIPPED), _read(path) if path else {}
-    where = path.name if path else SHIPPED.name
-    for name, values in own.items():
+    profiles = _read(SHIPPED)
+    changes = _read(own) if isinstance(own, Path) else own or {}
+    where = own.name if isinstance(own, Path) else "experiment" if own else SHIPPED.name
+    for name, values in changes.items():
         old = profiles.get(name, {})
         if old:
             old = {**old, "source": f"{where}; what it leaves out: {old['source']}", "measured": False}

@@ -49,8 +49,8 @@ def parts(experiment: Experiment) -> Parts:
     """Everything that can be checked without data or model. Raises ConfigError."""
     work = config.work(experiment.work)
     settings = experiment.devices
-    profiles = devices.load(Path(settings.profiles) if settings.profiles else None)
     try:
+        profiles = devices.load(Path(settings.profiles) if isinstance(settings.profiles, str) else settings.profiles)
         if settings.fleet:
             fleet = config.part("fleet", settings.fleet, devices.TABLE)
         else:

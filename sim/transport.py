@@ -128,7 +128,7 @@ class VirtualTransport:
             if carry is not None:
                 self._carry[client] = carry
             job.bytes_up = len(data)
-            job.update = update if self._codec.lossless else self._codec.decode_update(data, job.task, self._layout)
+            job.update = self._codec.decode_update(data, job.task, self._layout)
         except (Failed, Refused) as reason:
             job.failure = str(reason)
             self._push(self._clock, "arrived", number)

@@ -130,7 +130,7 @@ class Ray:
     """
 
     def __init__(self, make: Callable[[], Run], workers: int, address: str | None = None):
-        self._ray = _started(workers, address)
+        self._ray, self._own = _started(workers, address)
         self._make, self._fresh = make, self._ray.remote(num_cpus=1, max_restarts=0)(_Actor)
         self._actors = {n: self._fresh.remote(make) for n in range(workers)}
         self._numbers = count(workers)
@@ -168,7 +168,10 @@ class Ray:
         self._queue = deque(o for o in self._queue if o.job != job)
 
     def close(self) -> None:
-        self._ray.shutdown()
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+        if self._own:
+            self._ray.shutdown()
 
     def _dispatch(self) -> None:
         while self._queue:
@@ -223,16 +226,18 @@ class Ray:
         return self._masks[mask]
 
 
-def _started(workers: int, address: str | None) -> Any:
+def _started(workers: int, address: str | None) -> tuple[Any, bool]:
+    """Ray, and whether it was started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     import ray
 
-    if not ray.is_initialized():
+    if own := not ray.is_initialized():
         size: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **size)
-    return ray
+    return ray, own
 
 
 def _tree_out(tree: Tree) -> dict[str, np.ndarray]:

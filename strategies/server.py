@@ -26,7 +26,10 @@ class Scores:
 
 
 class Stalled(RuntimeError):
-    """Nobody is at work and nobody can be asked."""
+    """The run can not go on: nobody can be asked, or every task fails."""
+
+
+FAILURES = 10  # tasks a place in flight that may fail in a row
 
 
 def silent(event: Mapping[str, Any]) -> None:
@@ -55,7 +58,7 @@ def serve(
         state = replace(state, selector=chosen.init())
     state = _evaluated(state, evaluate, transport.now(), log)
     arrivals: list[Arrival] = []  # since the last merge; the failed and the too stale without their update
-    opened, ready = transport.now(), 0
+    opened, ready, failures = transport.now(), 0, 0
     while not stop(state, transport.now()):
         free = pacing.in_flight - transport.busy()
         if free >= pacing.refill or not transport.busy():
@@ -66,9 +69,12 @@ def serve(
                 arrival = replace(arrival, update=None, reason="too stale")
             arrivals.append(arrival)
             ready += arrival.update is not None
+            failures = failures + 1 if arrival.update is None else 0
             log(_arrived(arrival, state.version))
         elif not transport.busy() and not transport.idle() and not ready and pacing.deadline == inf:
             raise Stalled(f"nobody left to ask at {transport.now():.1f} s, version {state.version}")
+        if arrival is not None and failures > FAILURES * pacing.in_flight:
+            raise Stalled(f"the last {failures} tasks failed, version {state.version}; the last one: {arrival.reason}")
         if ready and (arrival is None or ready >= pacing.goal or not transport.busy()):
             state = replace(state, selector=chosen.tell(state, arrivals))
             state = method.step(state, arrivals)

@@ -152,6 +152,7 @@ def test_sets_by_hand() -> None:
         struct.pack("<BIBI", 4, 2, 6, 2**32 - 1) + bytes(100),
         struct.pack("<BIBI", 4, 2, 6, 3) + bytes(100),
         struct.pack("<BIBI", 4, 2, 7, 3) + b"\x60" + b"\xff" * 20,
+        struct.pack("<BIBI", 4, 2, 63, 3) + b"\x60" + bytes(63),
     ],
 )
 def test_sets_that_are_none(data: bytes) -> None:
@@ -335,7 +336,9 @@ def test_a_codec_has_three_settings() -> None:
 @pytest.mark.parametrize("values", ["float16", "int8"])
 def test_lossy_errors_are_bounded(values: str, scale: float) -> None:
     params = tree(4, scale)
-    params["fc.weight"][0] *= 1e-6
+    params["fc.weight"][0, 0] = 4 * scale
+    params["fc.weight"][1:] *= 1e-10
+    params["c1.bias"][:] = torch.nextafter(torch.tensor(2.0), torch.tensor(0.0))
     codec = Codec(values)
     back = codec.decode_task(codec.encode_task(replace(task_for(DENSE), params=params), LAYOUT), LAYOUT).params
     for k, v in params.items():
@@ -533,6 +536,13 @@ def test_json_that_is_none(content: bytes) -> None:
 def test_sections_that_are_none(section: int, content: bytes) -> None:
     with pytest.raises(Refused):
         Codec().decode_task(tampered(section, content), LAYOUT)
+
+
+def test_values_of_another_length_are_refused() -> None:
+    values = bytes(unseal(Codec().encode_task(task_for(DENSE), LAYOUT), TASK, LAYOUT, 4)[3].data)
+    for wrong in (values + b"\0", values + bytes(4), values[:-1], values[:-4]):
+        with pytest.raises(Refused, match="values"):
+            Codec().decode_task(tampered(3, wrong), LAYOUT)
 
 
 def bombs() -> list[tuple[Layout, bytes]]:

@@ -426,8 +426,8 @@ def test_damaged_npz_files_are_named(name: str, tmp_path: Path) -> None:
     np.savez(path, other=np.zeros(2))
     with pytest.raises(DataError, match=f"data set {name}: .*has no array .*; have other"):
         load(name, folder=tmp_path)
-    np.savez(path, **{key: np.array([{}], object) for key in ("train_images", "features")})
-    with pytest.raises(DataError, match="has no array"):
+    path.write_bytes(b"not an archive at all")
+    with pytest.raises(DataError, match=f"data set {name}: .*npz is damaged"):
         load(name, folder=tmp_path)
 
 
@@ -537,7 +537,7 @@ def test_options_come_from_yaml_fields() -> None:
 def test_digits_have_a_fixed_stratified_test_split() -> None:
     made = load("digits")
     assert (len(made.train), len(made.test), made.classes) == (1438, 359, 10)
-    assert (hashed(made.train), hashed(made.test)) == ("TRAIN", "TEST")
+    assert (hashed(made.train), hashed(made.test)) == ("a4e25f8cf44a10ce", "7c870e718477cc7a")
     total = made.train.y.bincount() + made.test.y.bincount()
     assert ((made.test.y.bincount() - 0.2 * total).abs() < 1).all()
     x, _ = everything(made.train)

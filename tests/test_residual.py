@@ -198,8 +198,9 @@ def test_increments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(Refused, match=r"NaN in fc\.weight"):
         residual.decode(residual.encode(broken, LAYOUT), LAYOUT)
     channels, small = SEQUENCES["channels"][1], SEQUENCES["layer"][1]
-    swapped = Increment(0, 2, small, channels, {k: torch.zeros(0) for k in SHAPES})
-    with pytest.raises(Refused):
+    new = {k: int((channels.where(k, s) & ~small.where(k, s)).sum()) for k, s in SHAPES.items()}
+    swapped = Increment(0, 2, small, channels, {k: torch.zeros(n) for k, n in new.items()})
+    with pytest.raises(Refused, match="drops weights"):
         residual.decode(residual.encode(swapped, LAYOUT), LAYOUT, small)
 
 
