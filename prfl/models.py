@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prfl.checks import choice
+from prfl.resnet import resnet18
 from prfl.types import Tree
 
 Shape = tuple[int, int, int]
@@ -84,18 +86,21 @@ class mlp:
 class conv2:
     """FEMNIST's Conv2, as published (PR-FL): two padded 5x5 convolutions, each ReLU and pool, and one hidden layer.
 
-    Fully connected layers start Kaiming-uniform over fan-out, convolutions as torch has them.
+    start: "torch", torch's own; "fan_out", Kaiming-uniform over fan-out for fully connected layers, as published: large
+    weights that its binary cross-entropy bears and cross-entropy does not.
     """
 
     hidden: int = 2048
     channels: tuple[int, int] = (32, 64)
+    start: Literal["torch", "fan_out"] = "torch"
 
     def __post_init__(self) -> None:
         _positive("conv2", "hidden and channels", self.hidden, *self.channels)
+        choice("model conv2", "start", self.start, ("torch", "fan_out"))
 
     def __call__(self, shape: Shape, classes: int) -> nn.Module:
         model = _network("conv2", shape, classes, _convs(shape, self.channels), (self.hidden,))
-        for layer in _linears(model):
+        for layer in _linears(model) if self.start == "fan_out" else ():
             nn.init.kaiming_uniform_(layer.weight, mode="fan_out")
         return model
 
@@ -172,59 +177,6 @@ class vgg11:
             nn.init.kaiming_uniform_(layer.weight, a=0)
         nn.init.kaiming_uniform_(last.weight, a=1.5, mode="fan_out")
         return model
-
-
-@dataclass(frozen=True)
-class resnet18:
-    """ResNet-18 (He et al. 2016) with torchvision's entry names; convolutions start Kaiming-normal over fan-out.
-
-    stem: "imagenet", 7x7 stride 2 and max pool (as published, PR-FL), or "cifar", 3x3 stride 1 without pool.
-    """
-
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-    width: int = 64
-
-    def __post_init__(self) -> None:
-        _positive("resnet18", "width", self.width)
-        if self.stem not in ("imagenet", "cifar"):
-            raise ValueError(f"model resnet18: no stem {self.stem!r}; have imagenet, cifar")
-
-    def __call__(self, shape: Shape, classes: int) -> nn.Module:
-        w, large = self.width, self.stem == "imagenet"
-        kernel, stride, padding = (7, 2, 3) if large else (3, 1, 1)
-        first = nn.Conv2d(shape[0], w, kernel, stride=stride, padding=padding, bias=False)
-        layers: Layers = [("conv1", first), ("bn1", nn.BatchNorm2d(w)), ("relu", nn.ReLU())]
-        layers += [("maxpool", nn.MaxPool2d(3, stride=2, padding=1))] if large else []
-        for i, (a, b) in enumerate(pairwise((w, w, 2 * w, 4 * w, 8 * w)), 1):
-            layers.append((f"layer{i}", nn.Sequential(_Block(a, b, stride=1 if i == 1 else 2), _Block(b, b, stride=1))))
-        layers += [("avgpool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("fc", nn.Linear(8 * w, classes))]
-        model = nn.Sequential(OrderedDict(layers))
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        return model
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
-        self.relu2 = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.relu1(self.bn1(self.conv1(x)))
-        out: Tensor = self.relu2(self.bn2(self.conv2(inner)) + self.downsample(x))
-        return out
 
 
 _VGG11 = ((64, True), (128, True), (256, False), (256, True), (512, False), (512, True), (512, False), (512, True))

@@ -73,7 +73,7 @@ def test_resnet18_stems():
 
 
 def test_first_weights_follow_the_paper():
-    conv2 = models.build("conv2", (1, 28, 28), 62, seed=0)
+    conv2 = models.build("conv2", (1, 28, 28), 62, seed=0, options={"start": "fan_out"})
     assert float(conv2.fc1.weight.detach().abs().max()) == pytest.approx((6 / 2048) ** 0.5, rel=1e-3)
     vgg = models.build("vgg11", (3, 32, 32), 10, seed=0)
     assert float(vgg.fc1.weight.detach().abs().max()) == pytest.approx((6 / 512) ** 0.5, rel=1e-3)
