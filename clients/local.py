@@ -6,12 +6,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from clients import train
 from prfl import models, problem
 from prfl.config import Experiment
 from prfl.data import Samples
+from prfl.partition import Partition
 from prfl.problem import Problem
 from prfl.types import Task, Tree, Update
 
@@ -22,12 +24,25 @@ class Local:
     def __init__(self, given: Problem):
         self.model: nn.Module = given.model
         self.params: Tree = models.values(given.model)
-        self.samples: Callable[[int], Samples] = lru_cache(maxsize=256)(given.samples)
+        self._clients = len(given.parts)
+        self._samples: Callable[[int], Samples] = lru_cache(maxsize=256)(given.samples)
 
     @staticmethod
-    def of(experiment: Experiment, folder: Path | None = None) -> Local:
-        """Built from an experiment and the folder where data sets lie."""
+    def of(experiment: Experiment, folder: Path | None = None, own: bool = False) -> Local:
+        """Built from an experiment and the folder where data sets lie; `own`: all that lies there is this device's.
+
+        Without `own` the device cuts its part out as the simulation does, which takes the partitioners of `prfl[sim]`.
+        """
+        if own:
+            data = experiment.data.model_copy(update={"partition": f"{__name__}:undivided"})
+            experiment = experiment.model_copy(update={"data": data})
         return Local(problem.build(experiment, folder))
+
+    def samples(self, client: int) -> Samples:
+        """A client's training samples. Raises ValueError for one that the experiment does not have."""
+        if not 0 <= client < self._clients:
+            raise ValueError(f"no client {client}: the experiment's data has {self._clients} (data.clients)")
+        return self._samples(client)
 
     def train(self, task: Task) -> Update:
         """The task's update."""
@@ -37,3 +52,12 @@ class Local:
 def trainer(experiment: Experiment, folder: Path | None = None) -> Callable[[Task], Update]:
     """`Local.train` of an experiment, for a process that has nothing yet."""
     return Local.of(experiment, folder).train
+
+
+def undivided() -> Partition:
+    """No partition: every client sees all samples, because each has a data set of its own."""
+
+    def whole(labels: Tensor, natural: Tensor | None, clients: int, seed: int) -> list[Tensor]:
+        return [torch.arange(len(labels))] * clients
+
+    return whole

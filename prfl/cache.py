@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from prfl.arrivals import ordered
-from prfl.average import Term, Weigh, average, check, keep, local, shares, weight
+from prfl.average import Weigh, average, check, keep, local, shares, weight
 from prfl.checks import choice, share
-from prfl.masks import Mask
 from prfl.staleness import PR_FL, Staleness
-from prfl.types import Arrival, State, Tree
+from prfl.types import Arrival, State, Task, Tree, Update
 
 Age = Literal["growing", "frozen"]
+
+ROWS = 2**17  # values that are summed in one go: many small clients or one large one
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,14 @@ class mask_fed_avg:
 
 @dataclass(frozen=True)
 class Cached:
-    """A client's latest local weights: packed values of its mask, never a dense model."""
+    """A client's latest local weights, packed, all entries end to end in the order of their names.
 
-    mask: Mask
-    values: Tree
+    `at[i]`: where `values[i]` lies in the whole model flattened likewise; None: it is the whole model. Not the mask
+    itself, which would keep its ranking and so an old model alive.
+    """
+
+    at: Tensor | None
+    values: Tensor
     weight: float
     version: int
     staleness: float  # the factor when it arrived
@@ -83,8 +90,8 @@ class buff_mask_fed_avg:
 
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, Mapping[int, Cached]]:
         cache = _renewed(state, arrivals, self.staleness, self.weigh)
-        mean, held = average(state.params, _terms(state, cache, self.age, self.staleness))
-        return keep(held, mean, state.params), cache
+        total, count = _sums(state, _votes(state, cache, self.age, self.staleness))
+        return _kept(state, total / count, count), cache
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,9 @@ class buff_fed_avg:
 
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, Mapping[int, Cached]]:
         cache = _renewed(state, arrivals, self.staleness, self.weigh)
-        terms = _terms(state, cache, self.age, self.staleness)
-        mean, held = average(state.params, terms, sum(a for *_, a in terms))
-        return keep(held, mean, state.params), cache
+        votes = _votes(state, cache, self.age, self.staleness)
+        total, count = _sums(state, votes)
+        return _kept(state, total / sum(a for _, a in votes), count), cache
 
 
 def normalised(values: Mapping[int, float]) -> dict[int, float]:
@@ -120,20 +127,56 @@ def normalised(values: Mapping[int, float]) -> dict[int, float]:
 
 
 def _renewed(state: State, arrivals: Sequence[Arrival], staleness: Staleness, weigh: Weigh) -> Mapping[int, Cached]:
+    came = ordered(arrivals)
     new = {
         a.task.client: Cached(
-            u.mask, local(a.task, u), weight(u, weigh), a.task.version, staleness(state.version - a.task.version)
+            *_packed(a.task, u), weight(u, weigh), a.task.version, staleness(state.version - a.task.version)
         )
-        for a, u in ordered(arrivals)
+        for a, u in came
     }
     return {**state.merge, **new}
 
 
-def _terms(state: State, cache: Mapping[int, Cached], age: Age, staleness: Staleness) -> list[Term]:
+def _packed(task: Task, update: Update) -> tuple[Tensor | None, Tensor]:
+    """Positions and values of the local weights, as `Cached` has them."""
+    values, mask, places, start = local(task, update), update.mask, list[Tensor](), 0
+    for k in sorted(task.params):
+        shape, size = task.params[k].shape, task.params[k].numel()
+        places.append(mask.gather(k, torch.arange(start, start + size, dtype=torch.int32).view(shape)))
+        start += size
+    whole = all(mask.whole(k) for k in task.params)
+    return None if whole else torch.cat(places), torch.cat([values[k] for k in sorted(task.params)])
+
+
+def _votes(state: State, cache: Mapping[int, Cached], age: Age, staleness: Staleness) -> list[tuple[Cached, float]]:
     """The cache in client order, each model with its present share."""
-    terms: list[Term] = []
-    for client in sorted(cache):
-        c = cache[client]
-        a = c.weight * (c.staleness if age == "frozen" else staleness(state.version - c.version))
-        terms.append((c.mask, c.values, a, a))
-    return terms
+    now = {v: staleness(state.version - v) for v in {c.version for c in cache.values()}}
+    return [(c, c.weight * (c.staleness if age == "frozen" else now[c.version])) for _, c in sorted(cache.items())]
+
+
+def _sums(state: State, votes: Sequence[tuple[Cached, float]]) -> tuple[Tensor, Tensor]:
+    """sum(a m w) and sum(a m) of the model flattened: sub-models in the order given, then whole models."""
+    size = sum(v.numel() for v in state.params.values())
+    total, count, step = torch.zeros(size), torch.zeros(size), max(1, ROWS // size)
+    parts = [(c.at, c.values, a) for c, a in votes if c.at is not None]
+    for i in range(0, len(parts), step):
+        places, values, each = zip(*parts[i : i + step], strict=True)
+        at = torch.cat(places)
+        share = torch.from_numpy(np.repeat(np.float32(each), [v.numel() for v in values]))
+        total.index_add_(0, at, torch.cat(values) * share)
+        count.index_add_(0, at, share)
+    whole = [(c.values, a) for c, a in votes if c.at is None]
+    for v, a in whole:
+        total.add_(v, alpha=a)
+    return total, count.add_(sum(a for _, a in whole))
+
+
+def _kept(state: State, mean: Tensor, count: Tensor) -> Tree:
+    """The flat mean as a tree; what nobody holds keeps its old value."""
+    names = sorted(state.params)
+    sizes = [state.params[k].numel() for k in names]
+    new, held = (
+        {k: part.view(state.params[k].shape) for k, part in zip(names, torch.split(flat, sizes), strict=True)}
+        for flat in (mean, count > 0)
+    )
+    return keep(held, new, state.params)

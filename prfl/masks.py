@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -22,18 +23,20 @@ if TYPE_CHECKING:
 class Mask:
     """The kept part of a model: single weights (`bits`), channels of coupled groups (`channels`), the rest whole.
 
-    `bits[entry]`: bool in the entry's shape. `channels[group]`: ascending kept channel indices, int64.
-    An entry with bits is moved by its bits, even where a group runs through it. `ranking`: what the mask was cut from,
-    if anything; all masks of one ranking are nested.
+    `bits[entry]`: bool in the entry's shape. `channels[group]`: ascending kept channel indices, int64; groups that lie
+    side by side on one axis (a concatenation) are named together. An entry with bits is moved by its bits, even where a
+    group runs through it. Kept values are always taken in row-major order of the full entry.
     """
 
     bits: Tree = field(default_factory=dict)
     channels: Mapping[Group, Tensor] = field(default_factory=dict)
-    ranking: Ranking | None = field(default=None, repr=False)
+    origin: ReferenceType[Ranking] | None = field(default=None, repr=False)
+    _positions: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
-    def _flat(self) -> dict[str, Tensor]:
-        return {k: torch.from_numpy(np.flatnonzero(bits.numpy())) for k, bits in self.bits.items()}
+    @property
+    def ranking(self) -> Ranking | None:
+        """What the mask was cut from, if anything: all masks of one ranking are nested. Masks do not keep it alive."""
+        return self.origin() if self.origin else None
 
     @cached_property
     def _sides(self) -> dict[str, dict[int, Tensor]]:
@@ -64,72 +67,72 @@ class Mask:
 
     def count(self, entry: str, shape: Sequence[int]) -> int:
         """Kept values of an entry of this shape."""
-        return len(self._flat[entry]) if entry in self.bits else prod(self.shape(entry, shape))
+        return int(np.count_nonzero(self.bits[entry])) if entry in self.bits else prod(self.shape(entry, shape))
 
     def where(self, entry: str, shape: Sequence[int]) -> Tensor:
-        """The entry's mask as booleans in its full shape."""
+        """The entry's mask as booleans in its full shape; not to be edited."""
         if entry in self.bits:
             return self.bits[entry]
+        if self.whole(entry):
+            return torch.ones(tuple(shape), dtype=torch.bool)
         out = torch.zeros(tuple(shape), dtype=torch.bool)
-        out[self._grid(entry, shape)] = True
+        out.view(-1).index_fill_(0, self._at(entry, shape), True)
         return out
 
     def slice(self, entry: str, tensor: Tensor) -> Tensor:
-        """The entry cut to its kept channels, as in the physically small model."""
+        """The entry cut to its kept channels, as in the physically small model; its bits are left aside."""
         for axis, at in self.sides(entry).items():
             tensor = tensor.index_select(axis, at)
         return tensor
 
     def gather(self, entry: str, tensor: Tensor) -> Tensor:
-        """Kept values of a full tensor, 1-D in row-major order."""
-        if entry in self.bits:
-            return tensor.reshape(-1).index_select(0, self._flat[entry])
-        return self.slice(entry, tensor).reshape(-1)
+        """Kept values of a full tensor, 1-D; a view of it where the mask leaves the entry alone."""
+        flat = tensor.reshape(-1)
+        return flat if self.whole(entry) else flat.index_select(0, self._at(entry, tensor.shape))
 
     def scatter(self, entry: str, values: Tensor, into: Tensor) -> Tensor:
         """A copy of `into` with the kept places set to `values`."""
         if self.whole(entry):
             return values.reshape(into.shape).clone()
-        out = into.clone()
-        if entry in self.bits:
-            out.view(-1).index_copy_(0, self._flat[entry], values)
-        else:
-            out[self._grid(entry, into.shape)] = values.reshape(self.shape(entry, into.shape))
-        return out
+        flat = into.reshape(-1).clone()
+        return flat.index_copy_(0, self._at(entry, into.shape), values.reshape(-1)).view(into.shape)
 
     def add_into(self, entry: str, total: Tensor, values: Tensor, scale: float) -> None:
-        """`total[kept] += scale * values`, in place: the one accumulator of every merge."""
+        """`total[kept] += scale * values`, in place (`total` is contiguous): the one accumulator of every merge."""
         if self.whole(entry):
             total.add_(values.reshape(total.shape), alpha=scale)
-        elif entry in self.bits:
-            total.view(-1).index_add_(0, self._flat[entry], values, alpha=scale)
         else:
-            total[self._grid(entry, total.shape)] += scale * values.reshape(self.shape(entry, total.shape))
+            total.view(-1).index_add_(0, self._at(entry, total.shape), values.reshape(-1), alpha=scale)
 
     def count_into(self, entry: str, total: Tensor, scale: float) -> None:
         """`total[kept] += scale`, in place."""
         if self.whole(entry):
             total.add_(scale)
-        elif entry in self.bits:
-            total.add_(self.bits[entry], alpha=scale)
         else:
-            total[self._grid(entry, total.shape)] += scale
+            at = self._at(entry, total.shape)
+            total.view(-1).index_add_(0, at, total.new_ones(()).expand(len(at)), alpha=scale)
 
     def density(self, params: Tree) -> float:
-        """Kept share of the prunable weights (entries with two axes or more)."""
-        names = [k for k, v in params.items() if prunable(v)]
-        return sum(self.count(k, params[k].shape) for k in names) / max(1, sum(params[k].numel() for k in names))
+        """Kept share of the prunable weights (entries with two axes or more); 1 where there are none."""
+        sizes = {k: v.numel() for k, v in params.items() if prunable(v)}
+        return sum(self.count(k, params[k].shape) for k in sizes) / sum(sizes.values()) if any(sizes.values()) else 1.0
 
     def apply(self, params: Tree) -> Tree:
         """The full model with every weight outside the mask at zero."""
-        return {k: v if self.whole(k) else v * self.where(k, v.shape) for k, v in params.items()}
+        return {k: v if self.whole(k) else torch.where(self.where(k, v.shape), v, 0) for k, v in params.items()}
 
-    def _grid(self, entry: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
-        sides, dims = self.sides(entry), len(shape)
-        return tuple(
-            (sides[axis] if axis in sides else torch.arange(size)).view([-1 if a == axis else 1 for a in range(dims)])
-            for axis, size in enumerate(shape)
-        )
+    def _at(self, entry: str, shape: Sequence[int]) -> Tensor:
+        """Flat positions of the kept values, ascending; found once."""
+        key = entry, tuple(shape)
+        if key not in self._positions:
+            if entry in self.bits:
+                at = torch.from_numpy(np.flatnonzero(self.bits[entry].numpy()))
+            else:
+                at = torch.zeros((), dtype=torch.int64)
+                for axis, size in enumerate(shape):
+                    at = at[..., None] * size + self.sides(entry).get(axis, torch.arange(size))
+            self._positions[key] = at.flatten()
+        return self._positions[key]
 
 
 DENSE = Mask()
@@ -142,9 +145,8 @@ def prunable(tensor: Tensor) -> bool:
 
 def nested(small: Mask, big: Mask, params: Tree) -> bool:
     """Whether `big` holds all that `small` holds."""
-    return all(
-        bool((big.where(k, v.shape) | ~small.where(k, v.shape)).all()) for k, v in params.items() if not big.whole(k)
-    )
+    cut = {k: v.shape for k, v in params.items() if not big.whole(k)}
+    return all(bool((small.where(k, shape) <= big.where(k, shape)).all()) for k, shape in cut.items())
 
 
 def coverage(masks: Sequence[Mask], params: Tree) -> Tree:
@@ -152,17 +154,19 @@ def coverage(masks: Sequence[Mask], params: Tree) -> Tree:
     out = {k: torch.zeros(v.shape, dtype=torch.int32) for k, v in params.items()}
     for mask in masks:
         for k, total in out.items():
-            total += mask.where(k, total.shape)
+            mask.count_into(k, total, 1)
     return out
 
 
 def distance(a: Mask, b: Mask, params: Tree) -> float:
     """Normalised Hamming distance over the prunable weights, in [0, 1]."""
-    names = [k for k, v in params.items() if prunable(v)]
-    differ = sum(int((a.where(k, params[k].shape) ^ b.where(k, params[k].shape)).sum()) for k in names)
-    return differ / max(1, sum(params[k].numel() for k in names))
+    shapes = {k: v.shape for k, v in params.items() if prunable(v)}
+    cut = {k: shape for k, shape in shapes.items() if not (a.whole(k) and b.whole(k))}
+    differ = sum(int((a.where(k, shape) ^ b.where(k, shape)).sum()) for k, shape in cut.items())
+    return differ / max(1, sum(prod(shape) for shape in shapes.values()))
 
 
 def union(masks: Sequence[Mask], params: Tree) -> Mask:
-    """What at least one of the masks holds, as a mask of single weights."""
-    return Mask({k: n > 0 for k, n in coverage(masks, params).items() if not all(m.whole(k) for m in masks)})
+    """What at least one of the masks holds, as a mask of single weights; nothing at all if there is no mask."""
+    cut = {k: v for k, v in params.items() if not any(m.whole(k) for m in masks)}
+    return Mask({k: n > 0 for k, n in coverage(masks, cut).items()})

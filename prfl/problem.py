@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,6 @@ def _model(experiment: Experiment, dataset: Dataset) -> nn.Module:
     return model
 
 
-def report(given: Problem) -> object:
+def report(given: Problem) -> dict[str, Any]:
     """How the classes are spread over the clients, for the run folder."""
     return partition.report(given.parts, given.dataset.train.y, given.dataset.classes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prfl.bitstream import Layout, Refused, decode_mask, digest, encode_mask, name_mask
-from prfl.codec import INCREMENT, Values, open_values, seal, seal_values, unseal
+from prfl.envelope import INCREMENT, Values, open_values, seal, seal_values, unseal
 from prfl.masks import Mask, nested
 from prfl.types import Tree
 

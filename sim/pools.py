@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from clients import local
 from prfl.problem import Problem
 from sim.workers import Ray, Run, Serial, Workers
 
 Pool = Callable[[Callable[[], Run], Problem], Workers]
-"""From a factory for far processes, or from the problem as it is in this one."""
+"""From a factory for processes that have nothing yet, or from the problem as it is in this one."""
 
 
 def serial(make: Callable[[], Run], given: Problem) -> Workers:
     """Training in this process."""
-    return Serial(local.Local(given).train)
+    return Serial(trainer(given))
 
 
 def ray(workers: int, address: str | None = None) -> Pool:
     """Training on so many Ray actors, of a cluster of our own or the one at `address`."""
-    return lambda make, given: Ray(make, workers, address)
+    return lambda make, given: Ray(partial(trainer, given), workers, address)
+
+
+def trainer(given: Problem) -> Run:
+    """What a worker does with tasks of this problem; the actors read its data, once in memory, and load none."""
+    return local.Local(given).train

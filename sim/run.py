@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,60 +13,24 @@ import torch
 
 from clients import local
 from clients.evaluate import evaluate
-from prfl import config, groups, masks, models, problem, store
-from prfl.codec import Codec, Layout
-from prfl.config import ConfigError, Experiment
+from prfl import config, masks, problem, store
+from prfl.codec import Layout
+from prfl.config import Experiment
 from prfl.problem import Problem
-from prfl.types import Selector, State, Task, Work
-from sim import devices, network
-from sim.devices import Device
+from prfl.types import State, Task, Work
+from sim import plan
+from sim.interrupt import Gate
 from sim.pools import Pool, serial
 from sim.tally import Tally
 from sim.transport import VirtualTransport
-from strategies import pacing as pacings
-from strategies import selector as selectors
-from strategies import table
+from sim.workers import Workers
 from strategies.method import Method
-from strategies.pacing import Pacing
-from strategies.server import Scores, serve
+from strategies.server import Scores, Stalled, serve
 
 CALIBRATION = 2000  # training samples that re-estimate static BatchNorm statistics before a test
 
 Event = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """An experiment's parts as objects."""
-
-    method: Method
-    pacing: Pacing
-    selector: Selector
-    fleet: tuple[Device, ...]
-    codec: Codec
-
-
-def parts(experiment: Experiment) -> Parts:
-    """Everything that can be checked without data or model. Raises ConfigError."""
-    work = config.work(experiment.work)
-    settings = experiment.devices
-    try:
-        profiles = devices.load(Path(settings.profiles) if isinstance(settings.profiles, str) else settings.profiles)
-        if settings.fleet:
-            fleet = config.part("fleet", settings.fleet, devices.TABLE)
-        else:
-            fleet = devices.fleet(settings.mix, experiment.data.clients, experiment.seed, profiles, settings.spread)
-    except ValueError as error:
-        raise ConfigError(f"devices: {error}") from None
-    if len(fleet) != experiment.data.clients:
-        raise ConfigError(f"devices: the fleet has {len(fleet)} devices for {experiment.data.clients} clients")
-    return Parts(
-        table.method(experiment.method, work),
-        config.part("pacing", experiment.pacing, pacings.TABLE),
-        config.part("selector", experiment.selector, selectors.TABLE),
-        fleet,
-        config.part("codec", {"name": "codec", **experiment.codec}, {"codec": Codec}),
-    )
+Watch = Callable[[Event, Tally], None]
 
 
 def simulate(
@@ -74,62 +39,84 @@ def simulate(
     *,
     pool: Pool = serial,
     data_dir: Path | None = None,
-    watch: Callable[[Event, Tally], None] = lambda event, tally: None,
+    watch: Watch = lambda event, tally: None,
 ) -> dict[str, Any]:
-    """Run the experiment in virtual time; what `summary.json` holds. Interrupted, all up to the last merge is kept."""
-    torch.set_num_threads(1)  # the workers have the other cores
-    built = parts(experiment)
-    given = problem.build(experiment, data_dir)
-    params = models.values(given.model)
-    architecture = groups.architecture(given.model, given.example)
-    layout = Layout.of(params, architecture.groups)
-    classes = {c: device.name for c, device in enumerate(built.fleet)}
-    state = built.method.init(params, architecture, classes, experiment.seed)
+    """Run the experiment in virtual time; what `summary.json` holds. Raises ValueError before anything is written.
 
-    tally = Tally([device.name for device in built.fleet])
-    run = store.Run(folder, experiment)
-    run.write("split.json", problem.report(given))
-    workers = pool(partial(local.trainer, experiment, data_dir), given)
-    transport = VirtualTransport(
-        built.fleet,
-        [len(part) for part in given.parts],
-        workers,
-        config.part("network", experiment.devices.network, network.TABLE).open(),
-        built.codec,
-        layout,
-        architecture,
-        experiment.residual,
-    )
+    A run that stalls or is interrupted ends with its last merge: the folder is complete, `stopped` has the reason.
+    A second Ctrl-C raises KeyboardInterrupt and leaves the folder without summary.
+    """
+    torch.set_num_threads(1)  # the workers have the other cores
+    built = plan.parts(experiment)
+    given = problem.build(experiment, data_dir)
+    state = plan.start(built, given)
+    layout = Layout.of(state.params, state.architecture.groups)
+    tally = Tally([device.name for device in built.fleet], built.pacing.drop_late)
     judge = Judge(given, static(built.method, state))
-    kept = [state]
+    full = plan.spelled(experiment)
+    with closing(pool(partial(local.trainer, experiment, data_dir), given)) as workers:
+        run = store.Run(folder, full)
+        try:
+            run.write("split.json", problem.report(given))
+            state, stopped = _served(experiment, built, given, run, state, layout, workers, judge, tally, watch)
+        finally:
+            run.close()
+        run.save_model(state.params)
+    dense = len(built.codec.encode_task(Task(0, 0, state.params, masks.DENSE, Work(), 0), layout))
+    summary = _summary(experiment, run, state, tally, judge(state), dense, stopped)
+    run.write("summary.json", summary)
+    return summary
+
+
+def _served(
+    experiment: Experiment,
+    built: plan.Parts,
+    given: Problem,
+    run: store.Run,
+    state: State,
+    layout: Layout,
+    workers: Workers,
+    judge: Judge,
+    tally: Tally,
+    watch: Watch,
+) -> tuple[State, str | None]:
+    """The last merged state, and why the run stopped before its end."""
+    sizes, kept, gate = [len(part) for part in given.parts], [state], Gate()
+    transport = VirtualTransport(
+        built.fleet, sizes, workers, built.network.open(), built.codec, layout, state.architecture, built.residual
+    )
 
     def log(event: Event) -> None:
+        gate.shut()
         run.log(event)
         tally(event)
         watch(event, tally)
+        if event["kind"] != "merge":  # a merge is done when its state is kept
+            gate.open()
+
+    def keep(state: State) -> None:
+        kept[0] = state
+        gate.open()
 
     def stop(state: State, now: float) -> bool:
         s, accuracy = experiment.stop, state.validation.get("accuracy", 0.0)
         return state.version >= s.versions or now >= s.seconds or tally.updates >= s.updates or accuracy >= s.accuracy
 
-    interrupted = False
-    try:
-        state = serve(
-            built.method,
-            built.pacing,
-            transport,
-            state,
-            stop=stop,
-            selector=built.selector,
-            evaluate=lambda state: None if state.version % experiment.evaluate_every else judge(state),
-            keep=lambda state: kept.__setitem__(0, state),
-            log=log,
-        )
-    except KeyboardInterrupt:
-        state, interrupted = kept[0], True
-    finally:
-        workers.close()
-    return _finished(experiment, built, run, state, tally, judge(state), layout, interrupted)
+    def scored(state: State) -> Scores | None:
+        due = state.version % experiment.evaluate_every == 0
+        return judge(state, test=experiment.test == "always") if due else None
+
+    with gate:
+        try:
+            serve(
+                built.method, built.pacing, transport, state, stop=stop, selector=built.selector, evaluate=scored,
+                keep=keep, log=log,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            return kept[0], "interrupted"
+        except (Stalled, ValueError) as reason:
+            return kept[0], " ".join(str(reason).split())
+    return kept[0], None
 
 
 @dataclass(frozen=True)
@@ -139,11 +126,11 @@ class Judge:
     problem: Problem
     static: bool
 
-    def __call__(self, state: State) -> Scores:
+    def __call__(self, state: State, test: bool = True) -> Scores:
         given, dataset = self.problem, self.problem.dataset
         some = dataset.train.subset(torch.arange(min(CALIBRATION, len(dataset.train)))) if self.static else None
-        scores = (evaluate(state.params, given.model, s, calibrate=some) for s in (given.validation, dataset.test))
-        return Scores(*scores)
+        splits = (given.validation, dataset.test) if test else (given.validation,)
+        return Scores(*(evaluate(state.params, given.model, split, calibrate=some) for split in splits))
 
 
 def static(method: Method, state: State) -> bool:
@@ -152,21 +139,20 @@ def static(method: Method, state: State) -> bool:
     return work.statistics == "static"
 
 
-def _finished(
+def _summary(
     experiment: Experiment,
-    built: Parts,
     run: store.Run,
     state: State,
     tally: Tally,
     scores: Scores,
-    layout: Layout,
-    interrupted: bool,
+    dense: int,
+    stopped: str | None,
 ) -> dict[str, Any]:
-    run.save_model(state.params)
-    dense = len(built.codec.encode_task(Task(0, 0, state.params, masks.DENSE, Work(), 0), layout))
-    summary = {
-        "method": name(experiment.method),
-        "pacing": name(experiment.pacing),
+    return {
+        "experiment": experiment.name,
+        "method": config.name(experiment.method),
+        "pacing": config.name(experiment.pacing),
+        "data": config.name(experiment.data.set),
         "seed": experiment.seed,
         "versions": state.version,
         "virtual_seconds": tally.at,
@@ -176,6 +162,7 @@ def _finished(
         "test_accuracy": scores.test["accuracy"],
         "test_loss": scores.test["loss"],
         "validation_accuracy": scores.validation["accuracy"],
+        "validation_loss": scores.validation["loss"],
         "best_validation_accuracy": max(tally.best, scores.validation["accuracy"]),
         "bytes_up": tally.bytes_up,
         "bytes_down": tally.bytes_down,
@@ -184,15 +171,8 @@ def _finished(
         "mean_density": tally.mean_density,
         "final_density": tally.final_density,
         "updates_by_class": dict(sorted(tally.trained.items())),
-        "interrupted": interrupted,
+        "stopped": stopped,
+        "interrupted": stopped == "interrupted",
         "model_sha256": store.model_sha256(state.params),
         "events_sha256": run.events_sha256,
     }
-    run.write("summary.json", summary)
-    run.close()
-    return summary
-
-
-def name(spec: config.Spec) -> str:
-    """A part's name as its spec has it."""
-    return spec if isinstance(spec, str) else str(spec.get("name", "own"))

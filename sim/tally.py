@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """Fed with the events of a run. `classes[client]`: device class."""
+    """Fed with the events of a run. `classes[client]`: device class. `drop_late`: a merge gives up what is at work."""
 
     classes: Sequence[str]
+    drop_late: bool = False
     version: int = 0
     at: float = 0.0
     updates: int = 0
     failed: int = 0
-    sent: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     density_sum: float = 0.0
@@ -26,18 +26,20 @@ class Tally:
     density: dict[str, float] = field(default_factory=dict)  # latest, by device class
     trained: dict[str, int] = field(default_factory=dict)  # updates used, by device class
     latest: dict[int, float] = field(default_factory=dict)  # latest density, by client
+    at_work: set[int] = field(default_factory=set)  # clients whose answer is awaited
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         self.at = max(self.at, event["at"])
         getattr(self, f"_{event['kind']}")(event)
 
     def _send(self, e: Mapping[str, Any]) -> None:
-        self.sent += 1
+        self.at_work.add(e["client"])
         name = self.classes[e["client"]]
         self.density[name] = e["density"]
         self.latest[e["client"]] = e["density"]
 
     def _arrival(self, e: Mapping[str, Any]) -> None:
+        self.at_work.discard(e["client"])
         self.bytes_up += e["bytes_up"]
         self.bytes_down += e["bytes_down"]
         if not e["used"]:
@@ -51,15 +53,12 @@ class Tally:
 
     def _merge(self, e: Mapping[str, Any]) -> None:
         self.version = e["version"]
+        if self.drop_late:
+            self.at_work.clear()
 
     def _evaluation(self, e: Mapping[str, Any]) -> None:
         self.scores = {k: v for k, v in e.items() if k not in ("kind", "at", "version")}
         self.best = max(self.best, self.scores["validation_accuracy"])
-
-    @property
-    def in_flight(self) -> int:
-        """Tasks sent and not answered; those given up count until the run ends."""
-        return self.sent - self.updates - self.failed
 
     @property
     def mean_density(self) -> float:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from math import inf
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from prfl import cost, residual
 from prfl.codec import Codec, Layout, Refused
+from prfl.cut import Ranking
 from prfl.masks import Mask
-from prfl.types import Architecture, Arrival, Task, Tree, Update
+from prfl.types import Architecture, Arrival, Task, Tree, Update, Work
 from sim.devices import Device, draw
 from sim.network import Network
 from sim.workers import Failed, Workers
 
 Parts = Callable[[Task, bool], Sequence[tuple[Hashable, int]]]
-"""What goes down for a task (its content's key, bytes each), and whether the client already holds the mask."""
+"""What goes down for a task: keys of contents and their bytes. True: the mask is the last one that the client got."""
 
 
 @dataclass
@@ -37,6 +40,9 @@ class VirtualTransport:
     A task is handed to the workers when it is sent and its result is asked for when its time has come, so workers run
     ahead freely and the order of events is theirs to delay but not to change. `samples[client]`: training samples.
     `residual`: versions go down as PR-FL's increments.
+
+    Simpler than life (ours): a device that is there when a task is sent stays until it has answered; one that fails
+    receives the task, answers nothing and forgets its mask; the answer of a task given up is as long as the task was.
     """
 
     def __init__(
@@ -57,20 +63,20 @@ class VirtualTransport:
         self._heap: list[tuple[float, int, str, int]] = []  # time, tie-breaker, what, job
         self._jobs: dict[int, _Job] = {}
         self._at_work: dict[int, int] = {}  # client -> job
+        self._off_work = list(range(len(fleet)))  # the other clients, ascending
+        self._come_and_go = any(device.availability for device in fleet)
         self._awaited = 0
-        self._holds: dict[int, Mask] = {}  # the mask each client has received last
+        self._holds: WeakValueDictionary[int, Mask] = WeakValueDictionary()  # the mask each client received last
         self._carry: dict[int, Tree] = {}  # error feedback of lossy codecs, as every client keeps it
-        self._flops: dict[tuple[int, int], tuple[Mask, dict[str, float]]] = {}
+        self._flops: WeakKeyDictionary[Mask, dict[bool, dict[str, float]]] = WeakKeyDictionary()
 
     def now(self) -> float:
         return self._clock
 
     def idle(self) -> Sequence[int]:
-        return [
-            c
-            for c, device in enumerate(self._fleet)
-            if c not in self._at_work and (not device.availability or device.available(self._clock) <= self._clock)
-        ]
+        if self._come_and_go:
+            return [c for c in self._off_work if self._fleet[c].available(self._clock) <= self._clock]
+        return self._off_work.copy()
 
     def busy(self) -> int:
         return self._awaited
@@ -78,8 +84,11 @@ class VirtualTransport:
     def send(self, task: Task) -> None:
         device, job = self._fleet[task.client], next(self._ids)
         parts = self._parts(task, self._holds.get(task.client) is task.mask)
-        self._holds[task.client] = task.mask
         luck = draw(device, task.seed)
+        if luck.failed:
+            self._holds.pop(task.client, None)
+        else:
+            self._holds[task.client] = task.mask
         received = self._network.down(self._clock, device, parts, task.seed)
         at = received + device.startup + device.seconds(self._work(task)) * luck.slowdown
         failure = "device failed" if luck.failed else ""
@@ -87,6 +96,7 @@ class VirtualTransport:
             task = self._rounded(task)
         self._jobs[job] = _Job(task, self._clock, sum(size for _, size in parts), failure)
         self._at_work[task.client] = job
+        del self._off_work[bisect_left(self._off_work, task.client)]
         self._awaited += 1
         if not failure:
             self._workers.submit(job, task)
@@ -97,12 +107,11 @@ class VirtualTransport:
             at, _, what, number = heapq.heappop(self._heap)
             self._clock = max(self._clock, at)
             job = self._jobs[number]
-            if job.late:
-                self._free(number)
-            elif what == "trained" and not job.failure:
+            if what == "trained" and not job.failure:
                 self._train(number, job)
-            else:
-                self._free(number)
+                continue
+            self._free(number)
+            if not job.late:
                 self._awaited -= 1
                 return Arrival(job.task, job.sent, at, job.bytes_down, job.bytes_up, job.update, job.failure)
         self._clock = max(self._clock, until if until != inf else self._back())
@@ -122,22 +131,25 @@ class VirtualTransport:
         return replace(task, params=kept)
 
     def _train(self, number: int, job: _Job) -> None:
-        try:
-            update, client = self._workers.result(number), job.task.client
-            data, carry = self._codec.encode_update(update, job.task, self._layout, carry=self._carry.get(client))
-            if carry is not None:
-                self._carry[client] = carry
-            job.bytes_up = len(data)
-            job.update = self._codec.decode_update(data, job.task, self._layout)
-        except (Failed, Refused) as reason:
-            job.failure = str(reason)
-            self._push(self._clock, "arrived", number)
-            return
-        device = self._fleet[job.task.client]
-        self._push(self._network.up(self._clock, device, job.bytes_up, job.task.seed), "arrived", number)
+        client, job.bytes_up = job.task.client, job.bytes_down
+        if not job.late:
+            try:
+                update = self._workers.result(number)
+                data, carry = self._codec.encode_update(update, job.task, self._layout, carry=self._carry.get(client))
+                if carry is not None:
+                    self._carry[client] = carry
+                job.bytes_up = len(data)
+                job.update = self._codec.decode_update(data, job.task, self._layout)
+            except (Failed, Refused) as reason:
+                job.failure, job.bytes_up = str(reason), 0
+                self._push(self._clock, "arrived", number)
+                return
+        self._push(self._network.up(self._clock, self._fleet[client], job.bytes_up, job.task.seed), "arrived", number)
 
     def _free(self, number: int) -> None:
-        del self._at_work[self._jobs.pop(number).task.client]
+        client = self._jobs.pop(number).task.client
+        del self._at_work[client]
+        insort(self._off_work, client)
 
     def _push(self, at: float, what: str, job: int) -> None:
         heapq.heappush(self._heap, (at, next(self._ids), what, job))
@@ -150,57 +162,74 @@ class VirtualTransport:
 
     def _work(self, task: Task) -> dict[str, float]:
         """FLOPs of a task by layer kind: training steps of the model as masked on this device."""
-        sparse, work = self._fleet[task.client].sparse, task.work
-        key = (id(task.mask), int(sparse))
-        if key not in self._flops or self._flops[key][0] is not task.mask:
+        sparse, work, size = self._fleet[task.client].sparse, task.work, self._samples[task.client]
+        known = self._flops.setdefault(task.mask, {})
+        if sparse not in known:
             forward = cost.flops_by_kind(task.params, task.mask, self._architecture, sparse=sparse)
-            self._flops[key] = (task.mask, {kind: cost.TRAINING * flops for kind, flops in forward.items() if flops})
-        size = self._samples[task.client]
+            known[sparse] = {kind: cost.TRAINING * flops for kind, flops in forward.items() if flops}
         seen = work.steps * min(work.batch, size) if work.steps else work.epochs * size
-        return {kind: flops * seen for kind, flops in self._flops[key][1].items()}
+        return {kind: flops * seen for kind, flops in known[sparse].items()}
 
 
 class Downlink:
-    """One message a task; its length is the same for all clients with this mask in this version."""
+    """One message a task. Its length is that of any other with this mask and this work, whatever the values."""
 
     def __init__(self, codec: Codec, layout: Layout):
-        self._codec, self._layout, self._version = codec, layout, -1
-        self._bytes: dict[tuple[int, bool], tuple[Mask, int]] = {}
+        self._codec, self._layout = codec, layout
+        self._sizes: WeakKeyDictionary[Mask, dict[tuple[Work, bool], int]] = WeakKeyDictionary()
 
     def __call__(self, task: Task, known: bool) -> Sequence[tuple[Hashable, int]]:
-        if task.version != self._version:
-            self._version, self._bytes = task.version, {}
-        key = (id(task.mask), known)
-        if key not in self._bytes:
-            self._bytes[key] = (task.mask, len(self._codec.encode_task(task, self._layout, known=known)))
-        return [((task.version, task.client), self._bytes[key][1])]
+        sizes, kind = self._sizes.setdefault(task.mask, {}), (task.work, known)
+        if kind not in sizes:
+            sizes[kind] = len(self._codec.encode_task(task, self._layout, known=known))
+        return [(_name(task), sizes[kind])]
 
 
 class Increments:
     """PR-FL's residual split: a version goes out as increments between nested sub-models, each sent once for all.
 
-    The levels are the densities that the clients had last; a client asks for the increments up to its own.
+    The levels are the densities that the clients had last; a client asks for the increments up to its own, and for a
+    message of its own that names the mask. Until the next ranking a client knows the masks it has received, level by
+    level; it gets the others' increments with the mask.
     """
 
     def __init__(self, codec: Codec, layout: Layout):
         self._codec, self._layout = codec, layout
         self._levels: dict[int, float] = {}  # client -> its latest density
-        self._version = -1
-        self._sizes: dict[tuple[float, float], int] = {}
+        self._ranking: Ranking | None = None
+        self._known: dict[int, set[float]] = {}  # client -> levels of this ranking
+        self._sizes: dict[tuple[float, float, bool], int] = {}  # of increments, in any version of this ranking
+        self._orders: dict[Work, int] = {}  # sizes of the clients' own messages
 
     def __call__(self, task: Task, known: bool) -> Sequence[tuple[Hashable, int]]:
         ranking = task.mask.ranking
         if ranking is None:
             raise ValueError("residual: the method's masks are not cut from one ranking")
-        if task.version != self._version:
-            self._version, self._sizes = task.version, {}
+        if ranking is not self._ranking:
+            self._ranking, self._known, self._sizes, self._orders = ranking, {}, {}, {}
         self._levels[task.client] = task.density
-        levels = [0.0, *sorted({level for level in self._levels.values() if level <= task.density})]
-        parts: list[tuple[Hashable, int]] = []
-        for low, high in pairwise(levels):
-            if (low, high) not in self._sizes:
-                masks = [ranking.mask(level) for level in (low, high) if level]
-                increment = residual.split(task.params, masks, task.version)[-1]
-                self._sizes[low, high] = len(residual.encode(increment, self._layout, self._codec.values))
-            parts.append(((task.version, low, high), self._sizes[low, high]))
+        held = self._known.get(task.client, set()) if known else set()
+        levels = sorted({level for level in self._levels.values() if level <= task.density})
+        self._known[task.client] = held.union(levels)
+        parts: list[tuple[Hashable, int]] = [(_name(task), self._order(task))]
+        for low, high in pairwise([0.0, *levels]):
+            parts.append(((task.version, low, high, high in held), self._size(task, ranking, low, high, high in held)))
         return parts
+
+    def _order(self, task: Task) -> int:
+        if task.work not in self._orders:
+            self._orders[task.work] = len(self._codec.encode_task(task, self._layout, known=True, apart=True))
+        return self._orders[task.work]
+
+    def _size(self, task: Task, ranking: Ranking, low: float, high: float, known: bool) -> int:
+        if (low, high, known) not in self._sizes:
+            masks = [ranking.mask(level) for level in (low, high) if level]
+            increment = residual.split(task.params, masks, task.version)[-1]
+            encoded = residual.encode(increment, self._layout, self._codec.values, known=known)
+            self._sizes[low, high, known] = len(encoded)
+        return self._sizes[low, high, known]
+
+
+def _name(task: Task) -> Hashable:
+    """No two tasks share it."""
+    return task.client, task.version, task.seed

@@ -7,7 +7,8 @@ import os
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from prfl.types import Task, Tree, Update, Work
 
 Run = Callable[[Task], Update]
 TRIES = 3  # workers a task may cost before it counts as failed
+SMALL = 2**16  # bytes of tensors that are cheaper sent with every batch than stored: storing takes a millisecond
 
 
 class Failed(RuntimeError):
@@ -66,8 +68,16 @@ def attempt(run: Run, task: Task) -> Update:
 
 
 @dataclass(frozen=True)
+class _Small:
+    """A value in place of a reference to it."""
+
+    key: int
+    value: Any = field(compare=False)
+
+
+@dataclass(frozen=True)
 class _Order:
-    """A task as it goes to an actor: tensors by reference into the object store."""
+    """A task as it goes to an actor: tensors by reference into the object store, unless they are small."""
 
     job: int
     client: int
@@ -94,14 +104,15 @@ class _Actor:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self._run = make()
-        self._seen: OrderedDict[Any, Any] = OrderedDict()
+        self._params = lru_cache(maxsize=8)(lambda ref: _tree_in(_fetched(ref)))
+        self._mask = lru_cache(maxsize=64)(lambda ref: _mask_in(_fetched(ref)))
 
     def train(self, orders: list[_Order]) -> list[_Result]:
         return [self._one(order) for order in orders]
 
     def _one(self, o: _Order) -> _Result:
-        mask = self._read(o.mask, _mask_in)
-        task = Task(o.client, o.version, self._read(o.params, _tree_in), mask, o.work, o.seed, o.density)
+        mask = self._mask(o.mask)
+        task = Task(o.client, o.version, self._params(o.params), mask, o.work, o.seed, o.density)
         try:
             u = attempt(self._run, task)
         except Failed as reason:
@@ -110,16 +121,11 @@ class _Actor:
         own = None if u.mask is mask else _mask_out(u.mask)
         return _Result(o.job, (u.weight, dict(u.metrics), _tree_out(u.delta), signal), own)
 
-    def _read(self, ref: Any, make: Callable[[Any], Any]) -> Any:
-        import ray
 
-        key = ref.hex()
-        if key not in self._seen:
-            self._seen[key] = make(ray.get(ref))
-            if len(self._seen) > 64:
-                self._seen.popitem(last=False)
-        self._seen.move_to_end(key)
-        return self._seen[key]
+def _fetched(ref: Any) -> Any:
+    import ray
+
+    return ref.value if isinstance(ref, _Small) else ray.get(ref)
 
 
 class Ray:
@@ -127,12 +133,13 @@ class Ray:
 
     Tasks go out as soon as an actor has room and in batches when they queue up, so that small tasks do not pay a call
     each. A dead actor is replaced and its tasks run again elsewhere, with the same result.
+    `make` goes into the object store, with all that it holds; every actor calls it once, for its training.
     """
 
     def __init__(self, make: Callable[[], Run], workers: int, address: str | None = None):
         self._ray, self._own = _started(workers, address)
-        self._make, self._fresh = make, self._ray.remote(num_cpus=1, max_restarts=0)(_Actor)
-        self._actors = {n: self._fresh.remote(make) for n in range(workers)}
+        self._make, self._fresh = self._ray.put(make), self._ray.remote(num_cpus=1, max_restarts=0)(_Actor)
+        self._actors = {n: self._fresh.remote(self._make) for n in range(workers)}
         self._numbers = count(workers)
         self._queue: deque[_Order] = deque()
         self._out: dict[Any, tuple[int, list[_Order]]] = {}  # call -> actor, orders
@@ -215,15 +222,19 @@ class Ray:
 
     def _params_ref(self, params: Tree) -> Any:
         if id(params) not in self._params:
-            self._params[id(params)] = (params, self._ray.put(_tree_out(params)))
+            self._params[id(params)] = (params, self._stored(_tree_out(params), params))
             if len(self._params) > 8:
                 self._params.popitem(last=False)
         return self._params[id(params)][1]
 
     def _mask_ref(self, mask: Mask) -> Any:
         if mask not in self._masks:
-            self._masks[mask] = self._ray.put(_mask_out(mask))
+            self._masks[mask] = self._stored(_mask_out(mask), mask.bits)
         return self._masks[mask]
+
+    def _stored(self, value: Any, bulk: Tree) -> Any:
+        small = sum(v.nbytes for v in bulk.values()) <= SMALL
+        return _Small(next(self._numbers), value) if small else self._ray.put(value)
 
 
 def _started(workers: int, address: str | None) -> tuple[Any, bool]:
@@ -231,7 +242,9 @@ def _started(workers: int, address: str | None) -> tuple[Any, bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")  # the actors' data sets are one in memory
+    for known in ("The given NumPy array is not writable", "Zero-copy tensor serialization is enabled"):
+        warnings.filterwarnings("ignore", message=known)
     import ray
 
     if own := not ray.is_initialized():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -11,12 +11,16 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from prfl.codec import Codec, Layout
-from prfl.records import pack, unpack
-from prfl.types import Arrival, Task, Update
+from prfl.records import pack, reason, unpack
+from prfl.types import Arrival, Task
+
+QUERY = 60.0  # seconds a node has to say who it is, before it is asked again
 
 
 @dataclass
-class _Sent:
+class Sent:
+    """A task under way. `late`: nobody waits for it any more, but its client is still busy with it."""
+
     task: Task
     at: float
     bytes_down: int
@@ -26,7 +30,9 @@ class _Sent:
 class GridTransport:
     """Clients are numbered by the nodes' `partition-id`, asked for once with a query; newcomers join while it runs.
 
-    `config` travels with every task. A task without an answer after `timeout` seconds has failed.
+    `config` travels with every task. A task without an answer after `timeout` seconds has failed; its client gets
+    another one when it has answered, or after as long again. `classes`: every client's device class; it grows as
+    clients come. A client number that comes back on a new node (a device that was restarted) moves there.
     """
 
     def __init__(
@@ -41,40 +47,60 @@ class GridTransport:
     ):
         self._grid, self._codec, self._layout, self._config = grid, codec, layout, config
         self._timeout, self._poll, self._began = timeout, poll, time.monotonic()
-        self._jobs: dict[str, _Sent] = {}  # message id -> what was asked
-        self._queries: dict[str, int] = {}  # message id -> node
+        self._sent: dict[str, Sent] = {}  # message id -> task
+        self._queries: set[str] = set()  # message ids
+        self._ask_at: dict[int, float] = {}  # node -> when it may be asked again who it is
         self._nodes: dict[int, int] = {}  # client -> node
-        self.classes: dict[int, str] = {}  # client -> device class
+        self.classes: dict[int, str] = {}
         self._inbox: list[Arrival] = []
 
     def enrol(self, clients: int) -> None:
         """Wait until so many clients are there. Raises TimeoutError."""
-        while len(self._nodes) < clients:
-            if self.now() > self._timeout:
-                raise TimeoutError(f"{len(self._nodes)} of {clients} clients came within {self._timeout:g} s")
-            self._ask_newcomers()
-            self._pull()
-            time.sleep(self._poll)
+        began = self.now()
+        self._pull()
+        while len(self.idle()) < clients:
+            if self.now() - began > self._timeout:
+                raise TimeoutError(f"{len(self.idle())} of {clients} clients came within {self._timeout:g} s")
+            if not self._pull():
+                time.sleep(self._poll)
 
     def now(self) -> float:
         return time.monotonic() - self._began
 
     def idle(self) -> Sequence[int]:
-        self._ask_newcomers()
-        taken = {job.task.client for job in self._jobs.values()} | {a.task.client for a in self._inbox}
         here = set(self._grid.get_node_ids())
+        self._ask_newcomers(here)
+        taken = {sent.task.client for sent in self._sent.values()} | {a.task.client for a in self._inbox}
         return sorted(c for c, node in self._nodes.items() if node in here and c not in taken)
 
     def busy(self) -> int:
-        return sum(not job.late for job in self._jobs.values()) + len(self._inbox)
+        return sum(not sent.late for sent in self._sent.values()) + len(self._inbox)
 
     def send(self, task: Task) -> None:
         message = self.message(task)
-        ids = list(self._grid.push_messages([message]))
-        if ids and ids[0]:
-            self._jobs[ids[0]] = _Sent(task, self.now(), len(unpack(message.content)[0]))
+        sent = Sent(task, self.now(), len(unpack(message.content)[0]))
+        asked = next(iter(self._grid.push_messages([message])), None)
+        if asked:
+            self._sent[asked] = sent
         else:
-            self._inbox.append(Arrival(task, self.now(), self.now(), 0, 0, None, "the node is gone"))
+            self._inbox.append(self._nothing(sent, "the node is gone"))
+
+    def wait(self, until: float = inf) -> Arrival | None:
+        """The next arrival. With nothing under way: None as soon as a client can be asked, or after the timeout."""
+        began = self.now()
+        while not self._inbox:
+            if self._pull():
+                continue
+            time.sleep(self._poll)
+            over = self.now() - began > self._timeout
+            if self.now() >= until or (not self.busy() and (over or self.idle())):
+                return None
+        return self._inbox.pop(0)
+
+    def forget(self) -> None:
+        for sent in self._sent.values():
+            sent.late = True
+        self._inbox.clear()
 
     def message(self, task: Task, kind: str = MessageType.TRAIN) -> Message:
         """The task as a message to its client's node."""
@@ -83,67 +109,57 @@ class GridTransport:
             dst_node_id=self._nodes[task.client],
             message_type=kind,
             group_id=str(task.version),
-            ttl=self._timeout,
+            ttl=2 * self._timeout,
         )
 
-    def wait(self, until: float = inf) -> Arrival | None:
-        while not self._inbox:
-            if not self._pull():
-                if self.now() >= until or not self.busy():
-                    time.sleep(self._poll)
-                    return None
-                time.sleep(self._poll)
-        return self._inbox.pop(0)
+    def arrival(self, sent: Sent, reply: Message) -> Arrival:
+        """A task's end, from the reply to its message; a reply that is none comes without update."""
+        if reply.has_error():
+            return self._nothing(sent, reason(reply))
+        try:
+            data, _ = unpack(reply.content)
+            update = self._codec.decode_update(data, sent.task, self._layout)
+        except ValueError as refusal:
+            return self._nothing(sent, str(refusal))
+        return Arrival(sent.task, sent.at, self.now(), sent.bytes_down, len(data), update)
 
-    def forget(self) -> None:
-        for job in self._jobs.values():
-            job.late = True
-        self._inbox.clear()
+    def _nothing(self, sent: Sent, why: str) -> Arrival:
+        return Arrival(sent.task, sent.at, self.now(), sent.bytes_down, 0, None, why)
 
     def _pull(self) -> bool:
-        """Take in what has come; whether anything has."""
-        wanted = [*self._jobs, *self._queries]
+        """Take in what has come, and give up what does not come; whether there was any of it."""
+        wanted = [*self._sent, *self._queries]
         replies = list(self._grid.pull_messages(wanted)) if wanted else []
         for reply in replies:
             asked = reply.metadata.reply_to_message_id
             if asked in self._queries:
-                self._enrolled(self._queries.pop(asked), reply)
-            elif asked in self._jobs:
-                self._take(self._jobs.pop(asked), reply)
-        for asked in [m for m, job in self._jobs.items() if self.now() - job.at > self._timeout and not job.late]:
-            self._jobs[asked].late = True
-            self._fail(self._jobs[asked], f"no answer in {self._timeout:g} s")
-        return bool(replies)
+                self._queries.remove(asked)
+                self._enrolled(reply)
+            elif asked in self._sent:
+                sent = self._sent.pop(asked)
+                if not sent.late:
+                    self._inbox.append(self.arrival(sent, reply))
+        overdue = [s for s in self._sent.values() if not s.late and self.now() - s.at > self._timeout]
+        for sent in overdue:
+            sent.late = True
+            self._inbox.append(self._nothing(sent, f"no answer in {self._timeout:g} s"))
+        return bool(replies or overdue)
 
-    def _take(self, job: _Sent, reply: Message) -> None:
-        if job.late:
-            return
+    def _ask_newcomers(self, here: Iterable[int]) -> None:
+        new = [node for node in sorted(here) if self._ask_at.get(node, -inf) <= self.now()]
+        messages = [Message(pack(b""), dst_node_id=node, message_type=MessageType.QUERY, ttl=QUERY) for node in new]
+        self._ask_at |= dict.fromkeys(new, self.now() + QUERY)
+        self._queries |= {asked for asked in (self._grid.push_messages(messages) if new else ()) if asked}
+
+    def _enrolled(self, reply: Message) -> None:
         if reply.has_error():
-            self._fail(job, str(reply.error.reason or f"Flower error {reply.error.code}"))
             return
         try:
-            data, _ = unpack(reply.content)
-            update: Update = self._codec.decode_update(data, job.task, self._layout)
-        except ValueError as reason:
-            self._fail(job, str(reason))
-            return
-        self._inbox.append(Arrival(job.task, job.at, self.now(), job.bytes_down, len(data), update))
-
-    def _fail(self, job: _Sent, reason: str) -> None:
-        self._inbox.append(Arrival(job.task, job.at, self.now(), job.bytes_down, 0, None, reason.splitlines()[0]))
-
-    def _ask_newcomers(self) -> None:
-        known = set(self._nodes.values()) | set(self._queries.values())
-        new = [node for node in self._grid.get_node_ids() if node not in known]
-        messages = [Message(pack(b""), dst_node_id=node, message_type=MessageType.QUERY, ttl=60.0) for node in new]
-        for node, asked in zip(new, self._grid.push_messages(messages) if new else (), strict=False):
-            if asked:
-                self._queries[asked] = node
-
-    def _enrolled(self, node: int, reply: Message) -> None:
-        if reply.has_error():
-            return
-        _, who = unpack(reply.content)
-        client = int(str(who["client"]))
+            _, who = unpack(reply.content)
+            client, profile = int(str(who["client"])), str(who["profile"])
+        except (KeyError, ValueError):  # not one of ours
+            client = -1
+        node = reply.metadata.src_node_id
+        self._ask_at[node] = inf
         if client >= 0:
-            self._nodes[client], self.classes[client] = node, str(who["profile"])
+            self._nodes[client], self.classes[client] = node, profile

@@ -47,18 +47,32 @@ def method(spec: Spec, work: Work) -> Method:
     if isinstance(spec, str) or "name" in spec:
         table = {name: row.make for name, row in METHODS.items()}
         return config.part("method", spec, table, work=work)  # type: ignore[no-any-return]
-    if extra := set(spec) - set(PARTS):
-        raise ConfigError(f"method: no part {', '.join(sorted(extra))}; have {', '.join(PARTS)}, or name one")
-    named = {"cut": "cut", "remask": "rerank"}  # what may go without a name
-    parts = {
-        kind: config.part(kind, {"name": named[kind], **value} if kind in named and isinstance(value, dict) else value,
-                          PARTS[kind])
-        for kind, value in spec.items()
-    }  # fmt: skip
+    if extra := [kind for kind in spec if kind not in PARTS]:
+        raise ConfigError(f"method: no part {extra[0]!r}; have {', '.join(PARTS)}, or the name of a method")
+    parts = {kind: config.part(kind, _named(kind, value), PARTS[kind]) for kind, value in spec.items()}
     return Method(**parts, work=work)
+
+
+def spelled(spec: Spec) -> dict[str, Any]:
+    """The spec of a method that can be built, every option written out."""
+    if isinstance(spec, str) or "name" in spec:
+        return config.spelled(spec, {name: row.make for name, row in METHODS.items()})
+    rest = Method()
+    return {
+        kind: config.spelled(_named(kind, spec[kind]), rows)
+        if kind in spec
+        else config.described(getattr(rest, kind), rows)
+        for kind, rows in PARTS.items()
+    }
 
 
 def described(m: Method) -> tuple[str, ...]:
     """The names of a method's parts: density, saliency, merge, cut, remask."""
     cut = f"{m.cut.unit} by {m.cut.spread}"
     return (*(type(p).__name__ for p in (m.density, m.saliency, m.merge)), cut, type(m.remask).__name__)
+
+
+def _named(kind: str, spec: Spec) -> Spec:
+    """A cut and a remask may go without a name."""
+    usual = {"cut": "cut", "remask": "rerank"}
+    return {"name": usual[kind], **spec} if kind in usual and isinstance(spec, dict) else spec

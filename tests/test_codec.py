@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prfl.bitstream import ABSENT, Reader, decode_mask, decode_set, encode_mask, encode_set
-from prfl.codec import TASK, Codec, Layout, Refused, digest, seal, seal_values, unseal
+from prfl.codec import Codec, Layout, Refused, digest
+from prfl.envelope import TASK, seal, seal_values, unseal
 from prfl.masks import DENSE, Mask
 from prfl.types import Group, Member, Task, Tree, Update, Work
 

@@ -167,8 +167,7 @@ def test_a_run_that_can_not_go_on_says_so() -> None:
     nobody: tuple[Device, ...] = ()
     world = World()
     m = method("fedavg")
-    transport = world.transport()
-    transport._fleet = nobody
+    transport = world.transport(fleet=nobody)
     with pytest.raises(Stalled, match="nobody left to ask"):
         serve(m, sync(2), transport, m.init(world.params), stop=lambda s, now: False)
 

@@ -81,7 +81,7 @@ class World:
         residual: bool = False,
     ) -> VirtualTransport:
         return VirtualTransport(
-            fleet or self.fleet,
+            self.fleet if fleet is None else fleet,
             [len(d) for d in self.data],
             workers or Serial(run or self.run),
             network or links(),

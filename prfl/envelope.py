@@ -1,0 +1,122 @@
+"""The envelope of every message: head, sections, checksum, and the rows of values in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from math import frexp, isfinite
+from struct import Struct
+from typing import Literal, get_args
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prfl.bitstream import Layout, Reader, Refused
+
+Values = Literal["float32", "float16", "int8"]
+Part = bytes | memoryview
+KINDS = ("a task", "an update", "an increment")
+TASK, UPDATE, INCREMENT = range(3)
+
+_MAGIC, _FORMAT = b"prfl", 1
+_HEAD = Struct("<4sBBxx8s")  # magic, format, kind, the layout's checksum; the lengths of the sections follow
+_CRC = Struct("<I")
+_TYPES = (torch.float32, torch.float16, torch.int8)  # in the order of Values
+
+
+def seal(kind: int, layout: Layout, *sections: Sequence[Part]) -> bytes:
+    """Head, lengths, sections, CRC-32: every part is copied once. All numbers are little-endian."""
+    sizes = Struct(f"<{len(sections)}Q").pack(*(sum(memoryview(p).nbytes for p in s) for s in sections))
+    parts = [_HEAD.pack(_MAGIC, _FORMAT, kind, layout.checksum), sizes, *chain.from_iterable(sections)]
+    check = 0
+    for part in parts:
+        check = crc32(part, check)
+    return b"".join((*parts, _CRC.pack(check)))
+
+
+def unseal(data: bytes, kind: int, layout: Layout, sections: int) -> list[Reader]:
+    """The sections of a message of this kind and model, not copied; Refused for anything else."""
+    view, lengths = memoryview(data), Struct(f"<{sections}Q")
+    start, end = _HEAD.size + lengths.size, len(view) - _CRC.size
+    if end < start:
+        raise Refused(f"truncated: {len(view)} bytes")
+    magic, version, sort, model = _HEAD.unpack_from(view)
+    if magic != _MAGIC:
+        raise Refused("not a message of prfl")
+    if version != _FORMAT:
+        raise Refused(f"format {version}, this side speaks {_FORMAT}")
+    if sort != kind:
+        raise Refused(f"{KINDS[kind]} was expected, not {KINDS[sort] if sort < len(KINDS) else sort}")
+    sizes = lengths.unpack_from(view, _HEAD.size)
+    if over := end - start - sum(sizes):
+        raise Refused(f"truncated: {-over} bytes are missing" if over < 0 else f"{over} bytes too many")
+    if crc32(view[:end]) != _CRC.unpack_from(view, end)[0]:
+        raise Refused("checksum")
+    if model != layout.checksum:
+        raise Refused("another model")
+    body = Reader(view, start)
+    return [Reader(body.take(size)) for size in sizes]
+
+
+def seal_values(values: Values, tensors: Iterable[Tensor], seed: Sequence[int]) -> list[Part]:
+    """1-D float32 tensors as their type, a float32 scale by tensor unless exact, and their codes in one row."""
+    code = bytes([get_args(Values).index(values)])
+    if values == "float32":
+        return [code, *(t.numpy().data for t in tensors)]
+    if values == "float16":
+        pairs = [_halve(t) for t in tensors]
+    else:
+        rng = np.random.default_rng(seed)
+        pairs = [_quantise(t, rng) for t in tensors]
+    return [code, np.array([s for s, _ in pairs], np.float32).data, *(c.numpy().data for _, c in pairs)]
+
+
+def open_values(section: Reader, names: Sequence[str], sizes: Sequence[int], what: str = "") -> dict[str, Tensor]:
+    """1-D float32 by name; Refused when the length is not that of `sizes`, or a value is not finite."""
+    out, flat = _read(section, names, sizes)
+    if not isfinite(flat.sum().item()):  # a finite sum has finite terms and is 40 times as fast as looking at each
+        for k, values in out.items():
+            if not bool(values.isfinite().all()):
+                raise Refused(f"{'NaN' if bool(values.isnan().any()) else 'Inf'} in {what}{k}")
+    return out
+
+
+def _halve(values: Tensor) -> tuple[float, Tensor]:
+    scale = 2.0 ** max(frexp(_largest(values))[1] - 15, -126)
+    return scale, (values / scale).half()
+
+
+def _quantise(values: Tensor, rng: np.random.Generator) -> tuple[float, Tensor]:
+    scale = float(np.float32(_largest(values) / 127))
+    if not 2.0**-126 <= scale < float("inf"):  # too small to divide by; or NaN or Inf, which the scale alone tells
+        return 0.0 if scale < 1 else scale, torch.zeros(len(values), dtype=torch.int8)
+    draws = np.asarray(rng.bit_generator.random_raw((len(values) + 3) // 4)).view(np.uint16)[: len(values)]
+    noise = torch.from_numpy(draws.astype(np.float32)).add_(0.5).mul_(2.0**-16)
+    return scale, noise.add_(values / scale).floor_().clamp_(-127, 127).to(torch.int8)
+
+
+def _largest(values: Tensor) -> float:
+    if not len(values):
+        return 0.0
+    low, high = values.aminmax()
+    return max(-low.item(), high.item())
+
+
+def _read(section: Reader, names: Sequence[str], sizes: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+    (code,) = section.fields("<B")
+    if code >= len(_TYPES):
+        raise Refused(f"values: no type {code}")
+    total, dtype, scaled = sum(sizes), _TYPES[code], 4 * len(sizes) if code else 0
+    length = total * dtype.itemsize + scaled
+    if len(section.data) - section.at != length:
+        raise Refused(f"values: {len(section.data) - section.at} bytes instead of {length}")
+    scales = np.frombuffer(section.take(scaled), "<f4").tolist()
+    flat = torch.empty(total, dtype=dtype)
+    flat.numpy().view(np.uint8)[:] = np.frombuffer(section.take(total * dtype.itemsize), np.uint8)
+    flat = flat.float()
+    out = dict(zip(names, torch.split(flat, list(sizes)), strict=True))
+    for k, scale in zip(names, scales, strict=False):
+        out[k].mul_(scale)
+    return out, flat
