@@ -162,7 +162,7 @@ def _sums(state: State, votes: Sequence[tuple[Cached, float]]) -> tuple[Tensor, 
     for i in range(0, len(parts), step):
         places, values, each = zip(*parts[i : i + step], strict=True)
         at = torch.cat(places)
-        share = torch.from_numpy(np.repeat(np.float32(each), [v.numel() for v in values]))
+        share = torch.from_numpy(np.repeat(np.array(each, np.float32), [v.numel() for v in values]))
         total.index_add_(0, at, torch.cat(values) * share)
         count.index_add_(0, at, share)
     whole = [(c.values, a) for c, a in votes if c.at is None]

@@ -161,30 +161,30 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
 def _order_weights(cut: Cut, scores: Tree, params: Tree, costs: Mapping[str, float]) -> Places:
     """Places in the shapes of `params`, counted in every entry or over all."""
     cheapest = min((costs[k] for k in params if costs), default=1.0)  # only ratios count, and none of these overflows
-    pools = {}
+    pools = []
     for k, w in params.items():
         by = w.abs() if cut.core == "magnitude" else scores[k]
-        pools[k] = _core_first(scores[k].flatten() * (cheapest / costs.get(k, 1.0)), by.flatten(), cut, k)
+        pools.append(_core_first(scores[k].flatten() * (cheapest / costs.get(k, 1.0)), by.flatten(), cut, k))
     if cut.spread == "model" and pools:
-        places = torch.split(_place(torch.cat(list(pools.values()))), [len(pool) for pool in pools.values()])
+        places = torch.split(_place(torch.cat(pools)), [len(pool) for pool in pools])
     else:
-        places = tuple(_place(pool) for pool in pools.values())
+        places = tuple(_place(pool) for pool in pools)
     return {k: place.view(w.shape) for (k, w), place in zip(params.items(), places, strict=True)}
 
 
 def _order_channels(cut: Cut, scores: Tree, params: Tree, groups: tuple[Group, ...]) -> Places:
     """Places of every group's channels."""
     values = {m.entry: params[m.entry].abs() for g in groups for m in g.members} if cut.core == "magnitude" else scores
-    return {
-        g: _place(_core_first(_per_channel(g, scores), _per_channel(g, values), cut, g.members[0].entry))
-        for g in groups
-    }
+    pools = {g: (_per_channel(g, scores), _per_channel(g, values)) for g in groups}
+    return {g: _place(_core_first(score, by, cut, g.members[0].entry)) for g, (score, by) in pools.items()}
 
 
 def _core_first(scores: Tensor, by: Tensor, cut: Cut, entry: str) -> Tensor:
-    """The scores, infinite for the core."""
-    if not bool(scores.isfinite().all()):
+    """The scores of a layer or group, infinite for the best of it by `by`."""
+    if not bool(scores.abs().max() < inf):
         raise ValueError(f"cut: scores of {entry} must be finite")
+    if cut.core == "score" and cut.spread != "model":
+        return scores  # the best of them are first anyway
     return scores.index_fill(0, _falling(by)[: cut.core_of(len(by))], inf)
 
 
@@ -194,7 +194,7 @@ def _per_channel(group: Group, scores: Tree) -> Tensor:
     for m in group.members:
         if m.entry in scores and prunable(scores[m.entry]):
             other = [a for a in range(scores[m.entry].dim()) if a != m.axis]
-            side = scores[m.entry].sum(dim=other, dtype=torch.float64)[m.offset : m.offset + group.size * m.repeat]
+            side = scores[m.entry].double().sum(dim=other)[m.offset : m.offset + group.size * m.repeat]
             total += side.view(group.size, m.repeat).sum(dim=1)
             count += scores[m.entry].numel() // scores[m.entry].shape[m.axis] * m.repeat
     return (total / max(1, count)).float()

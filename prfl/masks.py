@@ -119,7 +119,10 @@ class Mask:
 
     def apply(self, params: Tree) -> Tree:
         """The full model with every weight outside the mask at zero."""
-        return {k: v if self.whole(k) else torch.where(self.where(k, v.shape), v, 0) for k, v in params.items()}
+        return {
+            k: v if self.whole(k) else self.scatter(k, self.gather(k, v), torch.zeros_like(v))
+            for k, v in params.items()
+        }
 
     def _at(self, entry: str, shape: Sequence[int]) -> Tensor:
         """Flat positions of the kept values, ascending; found once."""
@@ -162,7 +165,7 @@ def distance(a: Mask, b: Mask, params: Tree) -> float:
     """Normalised Hamming distance over the prunable weights, in [0, 1]."""
     shapes = {k: v.shape for k, v in params.items() if prunable(v)}
     cut = {k: shape for k, shape in shapes.items() if not (a.whole(k) and b.whole(k))}
-    differ = sum(int((a.where(k, shape) ^ b.where(k, shape)).sum()) for k, shape in cut.items())
+    differ = sum(int((a.where(k, shape) ^ b.where(k, shape)).count_nonzero()) for k, shape in cut.items())
     return differ / max(1, sum(prod(shape) for shape in shapes.values()))
 
 

@@ -99,9 +99,13 @@ class Update:
     signal: Tree | None = None
 
 
+GIVEN_UP = "given up"
+"""The reason of an arrival that nobody waited for any more: only its cost counts."""
+
+
 @dataclass(frozen=True)
 class Arrival:
-    """How a task ended, in seconds and bytes; `update` is None when it failed, was refused or came too stale."""
+    """How a task ended, in seconds and bytes; `update` is None when it failed, was refused or came too late or stale."""
 
     task: Task
     sent: float
@@ -183,4 +187,4 @@ class Transport(Protocol):
         """The next arrival, or None when none came until then (or none can come)."""
 
     def forget(self) -> None:
-        """Await no task under way any more; its device stays busy until it would have answered."""
+        """Await no task under way any more; its device stays busy until it answers, and that arrives as GIVEN_UP."""

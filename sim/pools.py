@@ -7,7 +7,8 @@ from functools import partial
 
 from clients import local
 from prfl.problem import Problem
-from sim.workers import Ray, Run, Serial, Workers
+from sim.actors import Ray
+from sim.workers import Run, Serial, Workers
 
 Pool = Callable[[Callable[[], Run], Problem], Workers]
 """From a factory for processes that have nothing yet, or from the problem as it is in this one."""

@@ -14,7 +14,7 @@ from prfl import cost, residual
 from prfl.codec import Codec, Layout, Refused
 from prfl.cut import Ranking
 from prfl.masks import Mask
-from prfl.types import Architecture, Arrival, Task, Tree, Update, Work
+from prfl.types import GIVEN_UP, Architecture, Arrival, Task, Tree, Update, Work
 from sim.devices import Device, draw
 from sim.network import Network
 from sim.workers import Failed, Workers
@@ -111,9 +111,9 @@ class VirtualTransport:
                 self._train(number, job)
                 continue
             self._free(number)
-            if not job.late:
-                self._awaited -= 1
-                return Arrival(job.task, job.sent, at, job.bytes_down, job.bytes_up, job.update, job.failure)
+            self._awaited -= not job.late
+            update, reason = (None, GIVEN_UP) if job.late else (job.update, job.failure)
+            return Arrival(job.task, job.sent, at, job.bytes_down, job.bytes_up, update, reason)
         self._clock = max(self._clock, until if until != inf else self._back())
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from flwr.app import Message, MessageType
@@ -12,19 +12,23 @@ from flwr.serverapp import Grid
 
 from prfl.codec import Codec, Layout
 from prfl.records import pack, reason, unpack
-from prfl.types import Arrival, Task
+from prfl.types import GIVEN_UP, Arrival, Task
 
 QUERY = 60.0  # seconds a node has to say who it is, before it is asked again
 
 
 @dataclass
 class Sent:
-    """A task under way. `late`: nobody waits for it any more, but its client is still busy with it."""
+    """A task under way. `late`: nobody waits for it any more, but its client is still busy with it.
+
+    `told`: its end has been reported already.
+    """
 
     task: Task
     at: float
     bytes_down: int
     late: bool = False
+    told: bool = False
 
 
 class GridTransport:
@@ -70,11 +74,11 @@ class GridTransport:
     def idle(self) -> Sequence[int]:
         here = set(self._grid.get_node_ids())
         self._ask_newcomers(here)
-        taken = {sent.task.client for sent in self._sent.values()} | {a.task.client for a in self._inbox}
+        taken = {s.task.client for s in self._sent.values()} | {a.task.client for a in self._waiting()}
         return sorted(c for c, node in self._nodes.items() if node in here and c not in taken)
 
     def busy(self) -> int:
-        return sum(not sent.late for sent in self._sent.values()) + len(self._inbox)
+        return sum(not sent.late for sent in self._sent.values()) + len(self._waiting())
 
     def send(self, task: Task) -> None:
         message = self.message(task)
@@ -100,7 +104,7 @@ class GridTransport:
     def forget(self) -> None:
         for sent in self._sent.values():
             sent.late = True
-        self._inbox.clear()
+        self._inbox = [_given_up(a) for a in self._inbox]
 
     def message(self, task: Task, kind: str = MessageType.TRAIN) -> Message:
         """The task as a message to its client's node."""
@@ -123,6 +127,9 @@ class GridTransport:
             return self._nothing(sent, str(refusal))
         return Arrival(sent.task, sent.at, self.now(), sent.bytes_down, len(data), update)
 
+    def _waiting(self) -> list[Arrival]:
+        return [a for a in self._inbox if a.reason != GIVEN_UP]
+
     def _nothing(self, sent: Sent, why: str) -> Arrival:
         return Arrival(sent.task, sent.at, self.now(), sent.bytes_down, 0, None, why)
 
@@ -137,11 +144,12 @@ class GridTransport:
                 self._enrolled(reply)
             elif asked in self._sent:
                 sent = self._sent.pop(asked)
-                if not sent.late:
-                    self._inbox.append(self.arrival(sent, reply))
+                if not sent.told:
+                    arrival = self.arrival(sent, reply)
+                    self._inbox.append(_given_up(arrival) if sent.late else arrival)
         overdue = [s for s in self._sent.values() if not s.late and self.now() - s.at > self._timeout]
         for sent in overdue:
-            sent.late = True
+            sent.late = sent.told = True
             self._inbox.append(self._nothing(sent, f"no answer in {self._timeout:g} s"))
         return bool(replies or overdue)
 
@@ -163,3 +171,7 @@ class GridTransport:
         self._ask_at[node] = inf
         if client >= 0:
             self._nodes[client], self.classes[client] = node, profile
+
+
+def _given_up(arrival: Arrival) -> Arrival:
+    return replace(arrival, update=None, reason=GIVEN_UP)

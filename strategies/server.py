@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prfl.types import Arrival, Selector, State, Transport
+from prfl.types import GIVEN_UP, Arrival, Selector, State, Transport
 from strategies import selector as selectors
 from strategies.method import Method
 from strategies.pacing import Pacing
@@ -64,6 +64,9 @@ def serve(
         if free >= pacing.refill or not transport.busy():
             state = _send(method, transport, state, chosen, free, log)
         arrival = transport.wait(opened + pacing.deadline)
+        if arrival is not None and arrival.reason == GIVEN_UP:
+            log(_arrived(arrival, state.version))
+            continue
         if arrival is not None:
             if arrival.update is not None and state.version - arrival.task.version > pacing.max_staleness:
                 arrival = replace(arrival, update=None, reason="too stale")

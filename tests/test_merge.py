@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from prfl import merge
-from prfl.cache import Cached, normalised
+from prfl.average import average, keep, local
+from prfl.cache import ROWS, Cached, normalised
 from prfl.cut import Cut
 from prfl.masks import DENSE, Mask
 from prfl.merge import TABLE
@@ -343,12 +344,26 @@ def test_cache_keeps_absent_clients_and_only_packed_values():
         merged, memory = part(state(start, part), [arrival(start, one(w=[3.0, 0.0]), mask, client=0)])
         assert merged["w"].tolist() == [3.0, 5.0]
         assert isinstance(memory[0], Cached)
-        assert memory[0].values["w"].tolist() == [3.0]
+        assert memory[0].values.tolist() == [3.0]
+        assert memory[0].at.tolist() == [0]
         later = replace(state(merged, part, version=2), merge=memory)
         new = arrival(merged, one(w=[7.0, 5.0]), mask, client=1, version=2)
         both, memory = part(later, [new])
         assert both["w"].tolist() == pytest.approx([(share * 3 + 7) / (share + 1), 5.0])
         assert sorted(memory) == [0, 1]
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_a_large_cache_is_the_average_of_its_clients(masks: str):
+    """More values than are summed in one go."""
+    part, start, clients = merge.buff_mask_fed_avg(), tree(0), 700
+    assert clients * sum(v.numel() for v in start.values()) > ROWS
+    arrivals = batch_of(start, [MASKS[masks][i % 4] for i in range(clients)])
+    merged, memory = part(state(start, part), arrivals)
+    terms = [(a.update.mask, local(a.task, a.update), a.update.weight, a.update.weight) for a in arrivals]
+    mean, held = average(start, terms)
+    assert close(merged, keep(held, mean, start), 1e-5)
+    assert {c.at is None for c in memory.values()} == {MASKS[masks][i] is DENSE for i in range(4)}
 
 
 @pytest.mark.parametrize("name", ["buff_mask_fed_avg", "buff_fed_avg"])

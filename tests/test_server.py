@@ -15,7 +15,7 @@ from world import CLIENTS, PACINGS, WORK, World, method
 from prfl import merge, models
 from prfl.masks import nested
 from prfl.store import model_sha256
-from prfl.types import State, Task, Tree, Update, Work
+from prfl.types import GIVEN_UP, State, Task, Tree, Update, Work
 from sim.devices import Device
 from strategies import selector, table
 from strategies.method import Method, never
@@ -115,7 +115,7 @@ def test_dense_and_all_present_every_merge_is_fedavg(name: str) -> None:
 @pytest.mark.parametrize("pacing", PACINGS)
 def test_failing_devices_never_stop_the_run(pacing: str) -> None:
     state, events = played(World(failure=0.4), method("pr_fl"), PACINGS[pacing], versions=6)
-    failed = [e for e in of_kind(events, "arrival") if not e["used"]]
+    failed = [e for e in of_kind(events, "arrival") if not e["used"] and e["reason"] != GIVEN_UP]
     assert state.version == 6
     assert failed
     assert {e["reason"] for e in failed} == {"device failed"}
@@ -125,13 +125,17 @@ def test_a_device_given_up_is_not_asked_again_before_it_would_have_answered() ->
     world = World()
     _, events = played(world, method("fedavg"), sync(2, over=4), versions=12)
     busy_until: dict[int, float] = {}
-    dense = [e["seconds"] for e in of_kind(events, "arrival")]
+    dense = [e["seconds"] for e in of_kind(events, "arrival") if e["used"]]
     slowest = [c for c, d in enumerate(world.fleet) if d.flops["linear"] == min(d.flops["linear"] for d in world.fleet)]
     for e in of_kind(events, "send"):
         assert e["at"] >= busy_until.get(e["client"], 0.0)
         if e["client"] in slowest:  # never among the two first, so always given up
             busy_until[e["client"]] = e["at"] + max(dense)
-    assert {e["client"] for e in of_kind(events, "arrival")}.isdisjoint(slowest)
+    arrivals = of_kind(events, "arrival")
+    assert {e["client"] for e in arrivals if e["used"]}.isdisjoint(slowest)
+    late = [e for e in arrivals if e["client"] in slowest]
+    assert {e["reason"] for e in late} == {GIVEN_UP}
+    assert all(e["bytes_down"] > 0 and e["bytes_up"] > 0 for e in late)  # what was for nothing is counted all the same
 
 
 def test_too_stale_updates_are_refused() -> None:

@@ -12,7 +12,8 @@ from world import CLIENTS, PACINGS, World, method
 
 from prfl.store import model_sha256
 from prfl.types import Task, Update
-from sim.workers import Failed, Ray, Serial, Workers
+from sim.actors import Ray
+from sim.workers import Failed, Serial, Workers
 from strategies.pacing import sync
 from strategies.server import serve
 

@@ -1,0 +1,234 @@
+"""Workers on a pool of Ray actors, on this machine or a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from prfl.masks import Mask
+from prfl.types import Task, Tree, Update, Work
+from sim.workers import TRIES, Failed, Run, attempt
+
+SMALL = 2**16  # bytes of tensors that are cheaper sent with every batch than stored: storing takes a millisecond
+
+
+@dataclass(frozen=True)
+class _Small:
+    """A value in place of a reference to it."""
+
+    key: int
+    value: Any = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A task as it goes to an actor: tensors by reference into the object store, unless they are small."""
+
+    job: int
+    client: int
+    version: int
+    params: Any
+    mask: Any
+    work: Work
+    seed: int
+    density: float
+
+
+@dataclass(frozen=True)
+class _Result:
+    job: int
+    update: tuple[float, dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray] | None] | None
+    mask: tuple[dict[str, np.ndarray], list[tuple[Any, np.ndarray]]] | None  # only where it is not the task's
+    reason: str = ""
+
+
+class _Actor:
+    """Holds model and data; params and masks are read from the object store once per version and ranking."""
+
+    def __init__(self, make: tuple[Any], path: list[str]):
+        """`path`: where the driver finds modules. `make` comes in a tuple, or Ray would read it before that is set."""
+        sys.path += [place for place in path if place not in sys.path]
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        self._run = _fetched(*make)()
+        self._params = lru_cache(maxsize=8)(lambda ref: _tree_in(_fetched(ref)))
+        self._mask = lru_cache(maxsize=64)(lambda ref: _mask_in(_fetched(ref)))
+
+    def train(self, orders: list[_Order]) -> list[_Result]:
+        return [self._one(order) for order in orders]
+
+    def _one(self, o: _Order) -> _Result:
+        mask = self._mask(o.mask)
+        task = Task(o.client, o.version, self._params(o.params), mask, o.work, o.seed, o.density)
+        try:
+            u = attempt(self._run, task)
+        except Failed as reason:
+            return _Result(o.job, None, None, str(reason))
+        signal = None if u.signal is None else _tree_out(u.signal)
+        own = None if u.mask is mask else _mask_out(u.mask)
+        return _Result(o.job, (u.weight, dict(u.metrics), _tree_out(u.delta), signal), own)
+
+
+def _fetched(ref: Any) -> Any:
+    import ray
+
+    return ref.value if isinstance(ref, _Small) else ray.get(ref)
+
+
+class Ray:
+    """A pool of Ray actors of one thread each.
+
+    Tasks go out as soon as an actor has room and in batches when they queue up, so that small tasks do not pay a call
+    each. A dead actor is replaced and its tasks run again elsewhere, with the same result.
+    `make` goes into the object store, with all that it holds; every actor calls it once, for its training.
+    """
+
+    def __init__(self, make: Callable[[], Run], workers: int, address: str | None = None):
+        self._ray, self._own = _started(workers, address)
+        self._make, self._class = self._ray.put(make), self._ray.remote(num_cpus=1, max_restarts=0)(_Actor)
+        self._actors = {n: self._fresh() for n in range(workers)}
+        self._numbers = count(workers)
+        self._queue: deque[_Order] = deque()
+        self._out: dict[Any, tuple[int, list[_Order]]] = {}  # call -> actor, orders
+        self._tasks: dict[int, Task] = {}
+        self._done: dict[int, _Result] = {}
+        self._deaths: dict[int, int] = {}
+        self._params: OrderedDict[int, tuple[Tree, Any]] = OrderedDict()
+        self._masks: WeakKeyDictionary[Mask, Any] = WeakKeyDictionary()
+
+    def submit(self, job: int, task: Task) -> None:
+        order = _Order(
+            job, task.client, task.version, self._params_ref(task.params), self._mask_ref(task.mask), task.work,
+            task.seed, task.density,
+        )  # fmt: skip
+        self._tasks[job] = task
+        self._queue.append(order)
+        self._dispatch()
+
+    def result(self, job: int) -> Update:
+        while job not in self._done:
+            self._collect()
+        done, task = self._done.pop(job), self._tasks.pop(job)
+        if done.update is None:
+            raise Failed(done.reason)
+        weight, metrics, delta, signal = done.update
+        mask = task.mask if done.mask is None else _mask_in(done.mask)
+        told = None if signal is None else _tree_in(signal)
+        return Update(task.client, task.version, _tree_in(delta), mask, weight, metrics, told)
+
+    def discard(self, job: int) -> None:
+        self._tasks.pop(job, None)
+        self._done.pop(job, None)
+        self._queue = deque(o for o in self._queue if o.job != job)
+
+    def close(self) -> None:
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+        if self._own:
+            self._ray.shutdown()
+
+    def _dispatch(self) -> None:
+        while self._queue:
+            load = dict.fromkeys(self._actors, 0)
+            for actor, _ in self._out.values():
+                load[actor] += 1
+            idlest = min(load, key=lambda n: load[n])
+            if load[idlest] >= 2:  # one batch at work, one waiting: the actor never idles and the queue stays ours
+                return
+            size = max(1, min(32, len(self._queue) // (2 * len(self._actors))))
+            orders = [self._queue.popleft() for _ in range(size)]
+            self._out[self._actors[idlest].train.remote(orders)] = (idlest, orders)
+
+    def _collect(self) -> None:
+        self._dispatch()
+        ready, _ = self._ray.wait(list(self._out), num_returns=1)
+        for call in ready:
+            actor, orders = self._out.pop(call)
+            try:
+                for result in self._ray.get(call):
+                    if result.job in self._tasks:
+                        self._done[result.job] = result
+            except self._ray.exceptions.RayActorError as death:
+                if death.actor_init_failed:  # the next one would fare no better
+                    raise RuntimeError(f"a worker could not start: {str(death).strip().splitlines()[-1]}") from death
+                self._replace(actor, orders)
+        self._dispatch()
+
+    def _fresh(self) -> Any:
+        return self._class.remote((self._make,), sys.path)
+
+    def _replace(self, actor: int, orders: list[_Order]) -> None:
+        if actor in self._actors:
+            del self._actors[actor]
+            self._actors[next(self._numbers)] = self._fresh()
+        lost = [(call, o) for call, (n, o) in self._out.items() if n == actor]
+        for call, more in lost:
+            del self._out[call]
+            self._queue.extendleft(reversed(more))
+        for order in orders:  # the call that was at work
+            self._deaths[order.job] = self._deaths.get(order.job, 0) + 1
+            if self._deaths[order.job] >= TRIES and order.job in self._tasks:
+                self._done[order.job] = _Result(order.job, None, None, f"{TRIES} workers died of this task")
+            elif order.job in self._tasks:
+                self._queue.appendleft(order)
+
+    def _params_ref(self, params: Tree) -> Any:
+        if id(params) not in self._params:
+            self._params[id(params)] = (params, self._stored(_tree_out(params), params))
+            if len(self._params) > 8:
+                self._params.popitem(last=False)
+        return self._params[id(params)][1]
+
+    def _mask_ref(self, mask: Mask) -> Any:
+        if mask not in self._masks:
+            self._masks[mask] = self._stored(_mask_out(mask), mask.bits)
+        return self._masks[mask]
+
+    def _stored(self, value: Any, bulk: Tree) -> Any:
+        small = sum(v.nbytes for v in bulk.values()) <= SMALL
+        return _Small(next(self._numbers), value) if small else self._ray.put(value)
+
+
+def _started(workers: int, address: str | None) -> tuple[Any, bool]:
+    """Ray, and whether it was started here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")  # the actors' data sets are one in memory
+    for known in ("The given NumPy array is not writable", "Zero-copy tensor serialization is enabled"):
+        warnings.filterwarnings("ignore", message=known)
+    import ray
+
+    if own := not ray.is_initialized():
+        size: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **size)
+    return ray, own
+
+
+def _tree_out(tree: Tree) -> dict[str, np.ndarray]:
+    return {k: v.numpy() for k, v in tree.items()}
+
+
+def _tree_in(tree: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {k: torch.from_numpy(v) for k, v in tree.items()}
+
+
+def _mask_out(mask: Mask) -> tuple[dict[str, np.ndarray], list[tuple[Any, np.ndarray]]]:
+    return _tree_out(mask.bits), [(group, kept.numpy()) for group, kept in mask.channels.items()]
+
+
+def _mask_in(stored: tuple[dict[str, np.ndarray], list[tuple[Any, np.ndarray]]]) -> Mask:
+    bits, channels = stored
+    return Mask(_tree_in(bits), {group: torch.from_numpy(kept) for group, kept in channels})
