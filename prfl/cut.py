@@ -174,9 +174,13 @@ def _order_weights(cut: Cut, scores: Tree, params: Tree, costs: Mapping[str, flo
 
 def _order_channels(cut: Cut, scores: Tree, params: Tree, groups: tuple[Group, ...]) -> Places:
     """Places of every group's channels."""
-    values = {m.entry: params[m.entry].abs() for g in groups for m in g.members} if cut.core == "magnitude" else scores
-    pools = {g: (_per_channel(g, scores), _per_channel(g, values)) for g in groups}
-    return {g: _place(_core_first(score, by, cut, g.members[0].entry)) for g, (score, by) in pools.items()}
+    places = {}
+    for g in groups:
+        score = by = _per_channel(g, scores)
+        if cut.core == "magnitude":
+            by = _per_channel(g, {m.entry: params[m.entry].abs() for m in g.members})
+        places[g] = _place(_core_first(score, by, cut, g.members[0].entry))
+    return places
 
 
 def _core_first(scores: Tensor, by: Tensor, cut: Cut, entry: str) -> Tensor:
@@ -189,15 +193,15 @@ def _core_first(scores: Tensor, by: Tensor, cut: Cut, entry: str) -> Tensor:
 
 
 def _per_channel(group: Group, scores: Tree) -> Tensor:
-    """A channel's score: the mean over all weights of all members."""
-    total, count = torch.zeros(group.size, dtype=torch.float64), 0
-    for m in group.members:
-        if m.entry in scores and prunable(scores[m.entry]):
-            other = [a for a in range(scores[m.entry].dim()) if a != m.axis]
-            side = scores[m.entry].double().sum(dim=other)[m.offset : m.offset + group.size * m.repeat]
-            total += side.view(group.size, m.repeat).sum(dim=1)
-            count += scores[m.entry].numel() // scores[m.entry].shape[m.axis] * m.repeat
-    return (total / max(1, count)).float()
+    """A channel's score: the sum over all weights of all members, times a power of two that keeps it finite."""
+    members = [m for m in group.members if m.entry in scores and prunable(scores[m.entry])]
+    scale = 0.5 ** sum(scores[m.entry].numel() for m in members).bit_length()
+    total = torch.zeros(group.size)
+    for m in members:
+        other = [a for a in range(scores[m.entry].dim()) if a != m.axis]
+        side = (scores[m.entry] * scale).sum(dim=other)[m.offset : m.offset + group.size * m.repeat]
+        total += side.view(group.size, m.repeat).sum(dim=1)
+    return total
 
 
 def _falling(scores: Tensor) -> Tensor:

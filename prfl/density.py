@@ -197,7 +197,8 @@ class by_time:
         if state.version % self.every or state.version == old.decided or not seconds:
             return replace(old, seconds=seconds)
         mean = {c: sum(t) / len(t) for c, t in sorted(seconds.items())}
-        keep = {c: self._share(old.keep.get(c, self.start), t, min(mean.values())) for c, t in mean.items()}
+        fastest = min(mean.values())
+        keep = {c: self._share(old.keep.get(c, self.start), t, fastest) for c, t in mean.items()}
         return Pace(seconds, keep, state.version)
 
     def _share(self, old: float, dense: float, reference: float) -> float:

@@ -135,15 +135,12 @@ class recover:
             if memory.server.count >= self.patience and memory.floor < 1:
                 shares = [self._share(memory, client) for client in memory.trained]
                 memory = self._raise_all(memory, min(shares, default=memory.floor), state.version)
-        for client in sorted(memory.scores):
-            held = self._share(memory, client)
-            if memory.resting.get(client, 0):
-                memory = replace(memory, resting={**memory.resting, client: memory.resting[client] - 1})
-            elif held < 1:
-                seen = memory.clients.get(client, Plateau()).seen(memory.scores[client])
-                memory = replace(memory, clients={**memory.clients, client: seen})
-                if seen.count >= self.patience:
-                    memory = self._raise_client(memory, client, self._above(held), state.version)
+        resting = {c: max(0, left - (c in memory.scores)) for c, left in memory.resting.items()}
+        growing = [c for c in memory.scores if not memory.resting.get(c, 0) and self._share(memory, c) < 1]
+        seen = {c: memory.clients.get(c, Plateau()).seen(memory.scores[c]) for c in growing}
+        memory = replace(memory, resting=resting, clients={**memory.clients, **seen})
+        for client in sorted(c for c in growing if seen[c].count >= self.patience):
+            memory = self._raise_client(memory, client, self._above(self._share(memory, client)), state.version)
         return memory
 
     def _raise_client(self, memory: Recovery, client: int, floor: float, version: int) -> Recovery:

@@ -105,7 +105,7 @@ GIVEN_UP = "given up"
 
 @dataclass(frozen=True)
 class Arrival:
-    """How a task ended, in seconds and bytes; `update` is None when it failed, was refused or came too late or stale."""
+    """How a task ended, in seconds and bytes; `update` is None when it failed, was refused, or came late or stale."""
 
     task: Task
     sent: float

@@ -20,6 +20,7 @@ import torch
 from prfl.masks import Mask
 from prfl.types import Task, Tree, Update, Work
 from sim.workers import TRIES, Failed, Run, attempt
+from strategies.server import Stalled
 
 SMALL = 2**16  # bytes of tensors that are cheaper sent with every batch than stored: storing takes a millisecond
 
@@ -162,7 +163,7 @@ class Ray:
                         self._done[result.job] = result
             except self._ray.exceptions.RayActorError as death:
                 if death.actor_init_failed:  # the next one would fare no better
-                    raise RuntimeError(f"a worker could not start: {str(death).strip().splitlines()[-1]}") from death
+                    raise Stalled(f"a worker could not start: {str(death).strip().splitlines()[-1]}") from death
                 self._replace(actor, orders)
         self._dispatch()
 

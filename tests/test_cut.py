@@ -360,7 +360,7 @@ def test_the_order_is_stable_at_any_length(size: int, levels: int) -> None:
 
 
 def test_every_float_has_its_place() -> None:
-    falling = [3e38, 1.0, 0.99999994, 1e-45, -0.0, 0.0, -1e-45, -0.99999994, -1.0, -3e38]  # both zeros are equal
+    falling = [3e38, 1.0, 0.99999994, 1e-45, -0.0, 0.0, -3e-45, -4e-45, -1.0, -3e38]  # both zeros are equal
     at = [4, 9, 0, 8, 7, 5, 3, 6, 1, 2]
     mixed = {"w": torch.tensor([[falling[i] for i in at]])}
     for spread in ("layer", "model"):

@@ -100,9 +100,11 @@ def test_arrivals_come_in_the_order_of_their_time_and_sooner_with_smaller_models
     world = World(jitter=0.5)
     rank = ranked(world)
     transport = world.transport()
-    for client in range(CLIENTS):
+    idle = transport.idle()
+    for client in idle:
         transport.send(task_for(world, client, rank.mask(LEVELS[client % 3]), seed=client))
     arrivals = received(transport)
+    assert list(idle) == transport.idle() == list(range(CLIENTS))
     assert len(arrivals) == CLIENTS
     assert [a.at for a in arrivals] == sorted(a.at for a in arrivals)
     assert transport.now() == arrivals[-1].at

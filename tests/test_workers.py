@@ -8,14 +8,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from world import CLIENTS, PACINGS, World, method
 
+from prfl.partition import Noise
+from prfl.problem import Problem
+from prfl.samples import Dataset
 from prfl.store import model_sha256
 from prfl.types import Task, Update
+from sim import pools
 from sim.actors import Ray
 from sim.workers import Failed, Serial, Workers
 from strategies.pacing import sync
-from strategies.server import serve
+from strategies.server import Stalled, serve
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +64,10 @@ def played(workers: Workers, name: str, pacing: str = "buffered", versions: int 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pr_fl", "heterofl"])
-def test_ray_agrees_with_serial(cluster: None, name: str) -> None:
+@pytest.mark.parametrize(("name", "small"), [("pr_fl", 0), ("heterofl", 0), ("pr_fl", 2**16)])
+def test_ray_agrees_with_serial(cluster: None, monkeypatch: pytest.MonkeyPatch, name: str, small: int) -> None:
+    """Whether tensors travel through the object store or with the tasks."""
+    monkeypatch.setattr("sim.actors.SMALL", small)
     want = played(Serial(make()), name)
     for workers in (1, 2):
         assert played(Ray(make, workers), name) == want
@@ -82,6 +89,25 @@ def test_a_dead_worker_s_tasks_run_elsewhere_with_the_same_result(cluster: None,
 def test_a_task_that_kills_every_worker_fails_and_the_run_goes_on(cluster: None) -> None:
     _, reasons = played(Ray(partial(make, "always"), 2), "fedavg", "sync", versions=1)
     assert reasons == ["3 workers died of this task"]
+
+
+@pytest.mark.slow
+def test_actors_take_the_problem_as_it_is_here(cluster: None) -> None:
+    """No data set of this kind can be loaded anywhere."""
+    world = World()
+    parts = [torch.arange(24 * c, 24 * c + 24) for c in range(CLIENTS)]
+    problem = Problem(world.model, Dataset("own", world.all, world.all, 3), world.all, parts, Noise(), seed=0)
+    workers = pools.ray(2)(make, problem)
+    assert played(workers, "pr_fl") == played(pools.serial(make, problem), "pr_fl")
+
+
+@pytest.mark.slow
+def test_a_worker_that_can_not_start_ends_the_run_with_its_reason(cluster: None) -> None:
+    def broken() -> Callable[[Task], Update]:
+        raise ValueError("no data here")
+
+    with pytest.raises(Stalled, match=r"^a worker could not start: ValueError: no data here$"):
+        played(Ray(broken, 1), "fedavg")
 
 
 def test_serial_trains_only_what_is_asked_for() -> None:
