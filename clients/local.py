@@ -49,11 +49,6 @@ class Local:
         return train.train(task, self.model, self.samples(task.client))
 
 
-def trainer(experiment: Experiment, folder: Path | None = None) -> Callable[[Task], Update]:
-    """`Local.train` of an experiment, for a process that has nothing yet."""
-    return Local.of(experiment, folder).train
-
-
 def undivided() -> Partition:
     """No partition: every client sees all samples, because each has a data set of its own."""
 

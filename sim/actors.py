@@ -207,9 +207,7 @@ def _started(workers: int, address: str | None) -> tuple[Any, bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")  # the actors' data sets are one in memory
-    for known in ("The given NumPy array is not writable", "Zero-copy tensor serialization is enabled"):
-        warnings.filterwarnings("ignore", message=known)
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     import ray
 
     if own := not ray.is_initialized():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context, Message, MessageType
@@ -19,7 +18,7 @@ from prfl.types import Task, Update
 from sim import experiments
 from sim.pools import Pool
 from sim.run import simulate
-from sim.workers import TRIES, Failed, Run, Workers
+from sim.workers import TRIES, Failed, Workers
 
 server = ServerApp()
 
@@ -47,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
 def nodes(grid: Grid, experiment: Experiment, data_dir: str = "") -> Pool:
     """Workers on the nodes of a Grid: any node trains for any client, because the message names the client."""
 
-    def pool(make: Callable[[], Run], given: Problem) -> Workers:
+    def pool(given: Problem) -> Workers:
         found = groups.architecture(given.model, given.example).groups
         beside: dict[str, str | int] = {
             "experiment": experiment_out(experiment),

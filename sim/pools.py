@@ -10,20 +10,20 @@ from prfl.problem import Problem
 from sim.actors import Ray
 from sim.workers import Run, Serial, Workers
 
-Pool = Callable[[Callable[[], Run], Problem], Workers]
-"""From a factory for processes that have nothing yet, or from the problem as it is in this one."""
+Pool = Callable[[Problem], Workers]
+"""From the problem as it is in this process."""
 
 
-def serial(make: Callable[[], Run], given: Problem) -> Workers:
+def serial(given: Problem) -> Workers:
     """Training in this process."""
     return Serial(trainer(given))
 
 
 def ray(workers: int, address: str | None = None) -> Pool:
     """Training on so many Ray actors, of a cluster of our own or the one at `address`."""
-    return lambda make, given: Ray(partial(trainer, given), workers, address)
+    return lambda given: Ray(partial(trainer, given), workers, address)
 
 
 def trainer(given: Problem) -> Run:
-    """What a worker does with tasks of this problem; the actors read its data, once in memory, and load none."""
+    """What a worker does with tasks of this problem; the actors get its data and load none."""
     return local.Local(given).train

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clients import local
 from clients.evaluate import evaluate
 from prfl import config, masks, problem, store
 from prfl.codec import Layout
@@ -54,7 +52,7 @@ def simulate(
     tally = Tally([device.name for device in built.fleet], built.pacing.drop_late)
     judge = Judge(given, static(built.method, state))
     full = plan.spelled(experiment)
-    with closing(pool(partial(local.trainer, experiment, data_dir), given)) as workers:
+    with closing(pool(given)) as workers:
         run = store.Run(folder, full)
         try:
             run.write("split.json", problem.report(given))
