@@ -98,7 +98,7 @@ def test_actors_take_the_problem_as_it_is_here(cluster: None) -> None:
     parts = [torch.arange(24 * c, 24 * c + 24) for c in range(CLIENTS)]
     problem = Problem(world.model, Dataset("own", world.all, world.all, 3), world.all, parts, Noise(), seed=0)
     workers = pools.ray(2)(problem)
-    assert played(workers, "pr_fl") == played(pools.serial(make, problem), "pr_fl")
+    assert played(workers, "pr_fl") == played(pools.serial(problem), "pr_fl")
 
 
 @pytest.mark.slow
