@@ -18,7 +18,7 @@ from prfl.types import Task, Update
 from sim import experiments
 from sim.pools import Pool
 from sim.run import simulate
-from sim.workers import TRIES, Failed, Workers
+from sim.workers import Failed, Workers
 
 server = ServerApp()
 
@@ -58,6 +58,9 @@ def nodes(grid: Grid, experiment: Experiment, data_dir: str = "") -> Pool:
         return GridWorkers(grid, Layout.of(models.values(given.model), found), beside)
 
     return pool
+
+
+DEATHS = 30  # tries of a task sent alone, many because most only meet the dead worker again
 
 
 class GridWorkers:
@@ -126,9 +129,10 @@ class GridWorkers:
             elif all(job != other for _, other, _ in self._out.values()):
                 self._shaken = True
                 self._died[job] += self._alone
-                if self._died[job] == TRIES:
-                    self._done[job] = f"{TRIES} workers died of this task"
+                if self._died[job] == DEATHS:
+                    self._done[job] = f"{DEATHS} workers died of this task"
                 else:
+                    time.sleep(self._died[job] * self._poll)  # those that live may be starting up
                     self._queue = {job: task, **self._queue}
         return bool(replies)
 

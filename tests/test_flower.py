@@ -38,7 +38,7 @@ from prfl.config import Experiment
 from prfl.problem import Problem
 from prfl.records import DIED, RAISED, experiment_in, experiment_out, groups_in, groups_out, pack, unpack
 from prfl.types import GIVEN_UP, Architecture, Task, Update, Work
-from sim.app import GridWorkers, nodes
+from sim.app import DEATHS, GridWorkers, nodes
 from sim.pools import serial
 from sim.run import simulate
 from sim.workers import Failed
@@ -622,7 +622,7 @@ def test_a_task_that_kills_every_worker_is_given_up() -> None:
     workers = grid_workers(Mortal("++", killer=0))
     for job in range(2):
         workers.submit(job, task(job))
-        with pytest.raises(Failed, match=r"^3 workers died of this task$"):
+        with pytest.raises(Failed, match=rf"^{DEATHS} workers died of this task$"):
             workers.result(job)
 
 
