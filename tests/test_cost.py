@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from zoo import ZOO
 
 from clients.shrink import shrink
 from prfl import cost, models
@@ -12,17 +13,6 @@ from prfl.cut import Cut
 from prfl.groups import architecture
 from prfl.masks import DENSE, Mask
 from prfl.types import Architecture, Group, Member
-
-ZOO = [
-    ("mlp", (1, 8, 8), {"hidden": (12, 6)}),
-    ("conv2", (1, 12, 12), {"hidden": 20}),
-    ("two_cnn", (1, 12, 12), {"hidden": 20}),
-    ("conv2_mnist", (1, 28, 28), {}),
-    ("lenet5", (1, 28, 28), {}),
-    ("vgg11", (3, 32, 32), {"width": 0.125}),
-    ("resnet18", (3, 16, 16), {"width": 8, "stem": "cifar"}),
-    ("resnet18", (3, 32, 32), {"width": 8, "stem": "imagenet"}),
-]
 
 PARAMS = {"conv": torch.zeros(4, 2, 3, 3), "bias": torch.zeros(4), "fc": torch.zeros(5, 16)}
 ARCH = Architecture((Group(4, (Member("conv", 0), Member("bias", 0), Member("fc", 1, 4))),), {"conv": 9.0, "fc": 1.0})

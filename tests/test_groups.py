@@ -3,21 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from zoo import ZOO
 
 from prfl import models
 from prfl.groups import architecture
 from prfl.types import Group, Member
-
-ZOO = [
-    ("mlp", (1, 8, 8), {"hidden": (12, 6)}),
-    ("conv2", (1, 12, 12), {"hidden": 20}),
-    ("two_cnn", (1, 12, 12), {"hidden": 20}),
-    ("conv2_mnist", (1, 28, 28), {}),
-    ("lenet5", (1, 28, 28), {}),
-    ("vgg11", (3, 32, 32), {"width": 0.1}),
-    ("resnet18", (3, 16, 16), {"width": 6, "stem": "cifar"}),
-    ("resnet18", (3, 32, 32), {"width": 6, "stem": "imagenet"}),
-]
 
 
 class Net(nn.Module):

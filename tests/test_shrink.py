@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from zoo import ZOO
 
 from clients.shrink import packed, shrink, sliced_bits
 from prfl import models
@@ -14,16 +15,6 @@ from prfl.groups import architecture
 from prfl.masks import DENSE, Mask
 from prfl.types import Group, Member
 
-ZOO = [
-    ("mlp", (1, 8, 8), {"hidden": (12, 6)}),
-    ("conv2", (1, 12, 12), {"hidden": 40}),
-    ("two_cnn", (1, 12, 12), {"hidden": 40}),
-    ("conv2_mnist", (1, 28, 28), {}),
-    ("lenet5", (1, 28, 28), {}),
-    ("vgg11", (3, 32, 32), {"width": 0.125}),
-    ("resnet18", (3, 16, 16), {"width": 8, "stem": "cifar"}),
-    ("resnet18", (3, 32, 32), {"width": 8, "stem": "imagenet"}),
-]
 SHARES = (0.1, 0.25, 0.5, 0.9)
 BATCH = 16
 
