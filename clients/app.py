@@ -11,9 +11,9 @@ import torch
 from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.evaluate import evaluate as scores
 from clients.local import Local
 from prfl.codec import Codec, Layout
+from prfl.evaluate import evaluate as scores
 from prfl.records import RAISED, experiment_in, groups_in, pack, unpack
 from prfl.types import Task
 

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clients import statistics
 from clients.shrink import shrink, sliced_bits
-from prfl.data import Samples
 from prfl.masks import Mask
 from prfl.models import entries
+from prfl.samples import Samples, batches
 from prfl.types import Task, Tree, Update, Work
 
 
@@ -103,14 +103,6 @@ def _plan(task: Task, samples: int, whole: bool) -> list[Tensor]:
         plan += batches(torch.randperm(samples, generator=generator), work.batch, whole)
         passes += 1
     return plan[: work.steps] if work.steps else plan
-
-
-def batches(order: Tensor, size: int, whole: bool) -> list[Tensor]:
-    """An order of samples in batches of `size`. whole: a last batch of one joins the one before it, for BatchNorm."""
-    parts = list(torch.split(order, size))
-    if whole and len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    return parts
 
 
 @contextmanager

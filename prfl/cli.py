@@ -47,7 +47,8 @@ def run(
     title = "{}, {}, {}, {} clients, seed {}".format(*map(config.name, parts), experiment.data.clients, experiment.seed)
     console.print(f"{title}: {folder}", markup=False, soft_wrap=True)
 
-    from sim import live, pools  # torch comes with them, after the first line
+    from prfl import live
+    from sim import pools  # torch comes with them, after the first line
     from sim.run import simulate
 
     pool = pools.serial if workers == "serial" else pools.ray(num_workers or os.cpu_count() or 1)
@@ -78,8 +79,8 @@ def devices(
     profiles: Annotated[Path | None, typer.Option(metavar="FILE", help="Your own profiles, laid over these.")] = None,
 ) -> None:
     """The device profiles that simulation knows."""
+    from prfl.live import size
     from sim import devices as known
-    from sim.live import size
 
     t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     t.add_column("device", no_wrap=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from prfl.specs import ConfigError, Spec, described, name, part, plain, reason, spelled, unknown, work
 
-__all__ = ["ConfigError", "Data", "Devices", "Experiment", "Spec", "Stop", "described", "load", "name", "part", "plain",
-           "spelled", "work"]  # fmt: skip
+__all__ = ["ConfigError", "Data", "Devices", "Experiment", "Real", "Spec", "Stop", "described", "load", "name", "part",
+           "plain", "spelled", "work"]  # fmt: skip
 
 
 class _Section(BaseModel):
@@ -42,6 +42,34 @@ class Devices(_Section):
     spread: float = Field(0.0, ge=0)
     profiles: str | dict[str, dict[str, Any]] | None = None
     network: Spec = "links"
+
+
+class Real(_Section):
+    """Who learns: the nodes of a SuperLink. So many have to be there at the start; others may join later.
+
+    `timeout`: seconds a device has for a task. `poll`: seconds between two looks for answers; they grow with the wait.
+    """
+
+    name: Literal["real"] = "real"
+    nodes: int = Field(1, ge=1)
+    timeout: float = Field(3600.0, gt=0)
+    poll: float = Field(0.05, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+def _kind(value: Any) -> str:
+    """Which of `KINDS` is meant."""
+    named = value.get("name") if isinstance(value, dict) else isinstance(value, str | Real)
+    return "(real)" if named else "(simulated)"
+
+
+Learners = Annotated[Annotated[Devices, Tag("(simulated)")] | Annotated[Real, Tag("(real)")], Discriminator(_kind)]
+KINDS: dict[str, type[BaseModel]] = {"(simulated)": Devices, "(real)": Real}
+"""What `devices` can be."""
 
 
 class Stop(_Section):
@@ -75,7 +103,9 @@ class Experiment(_Section):
     method: Spec = "pr_fl"
     pacing: Spec = Field(default_factory=lambda: {"name": "buffered", "in_flight": 30, "goal": 10})
     selector: Spec = "random"
-    devices: Devices = Field(default_factory=Devices)
+    devices: Annotated[
+        Annotated[Devices, Tag("(simulated)")] | Annotated[Real, Tag("(real)")], Discriminator(_kind)
+    ] = Field(default_factory=Devices)
     codec: dict[str, Any] = Field(default_factory=dict)
     residual: bool = False
     stop: Stop = Field(default_factory=lambda: Stop(versions=100))
@@ -107,17 +137,16 @@ def _line(error: Any) -> str:
     """Pydantic's error, or for an unknown field what exists."""
     if error["type"] != "extra_forbidden":
         return reason(error)
-    where = ".".join(str(x) for x in error["loc"])
+    where = ".".join(str(x) for x in error["loc"] if x not in KINDS)
     return f"no field {unknown(where, _fields(error['loc'][:-1]))}"
 
 
 def _fields(path: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Experiment
     for key in path:
-        inner = model.model_fields[key].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
+        inner = KINDS.get(key) or model.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
     return list(model.model_fields)
 
 

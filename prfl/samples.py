@@ -69,3 +69,11 @@ def stratified(y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     held = torch.zeros(len(y), dtype=torch.bool)
     held[order[((torch.arange(count, dtype=torch.float64) + 0.5) * len(y) / max(1, count)).long()]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def batches(order: Tensor, size: int, whole: bool) -> list[Tensor]:
+    """An order of samples in batches of `size`. whole: a last batch of one joins the one before it, for BatchNorm."""
+    parts = list(torch.split(order, size))
+    if whole and len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts

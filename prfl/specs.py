@@ -137,7 +137,7 @@ def explain(error: ValidationError) -> str:
 
 def reason(error: Any) -> str:
     """One of them: where, what was wrong, and what was given."""
-    where = ".".join(str(x) for x in error["loc"] if not str(x).startswith("function"))
+    where = ".".join(str(x) for x in error["loc"] if not str(x).startswith(("function", "(")))
     message, got = str(error["msg"]), repr(error["input"])
     if error["type"] != "value_error":  # our own say it themselves
         message += f", got {got if len(got) < 80 else got[:76] + '...'}"

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prfl import config, cost, data, groups, masks, merge, models, partition
-from prfl.codec import Codec
+from prfl import config, cost, groups, masks, merge, models
 from prfl.config import ConfigError, Experiment
 from prfl.problem import Problem
-from prfl.types import Selector, State
+from prfl.types import State
 from sim import devices, network
 from sim.devices import Device
-from strategies import pacing as pacings
-from strategies import selector as selectors
-from strategies import table
-from strategies.method import Method
-from strategies.pacing import Pacing
+from strategies import parts
+from strategies.parts import Parts
 
 
 @dataclass(frozen=True)
-class Parts:
-    """An experiment's parts as objects."""
+class Plan:
+    """What the loop needs, the devices it learns on, and the network between."""
 
-    method: Method
-    pacing: Pacing
-    selector: Selector
+    parts: Parts
     fleet: tuple[Device, ...]
     network: network.Part
-    codec: Codec
     residual: bool
 
     @property
@@ -42,78 +34,56 @@ class Parts:
         return {client: device.name for client, device in enumerate(self.fleet)}
 
 
-def parts(experiment: Experiment) -> Parts:
+def of(experiment: Experiment) -> Plan:
     """Everything that can be checked without data or model. Raises ConfigError."""
-    clients = experiment.data.clients
-    pacing: Pacing = config.part("pacing", experiment.pacing, pacings.TABLE)
-    if pacing.drop_late and clients < pacing.goal < inf:
-        raise ConfigError(f"pacing: rounds of {pacing.goal:g} updates can not be had from {clients} clients")
-    for kind, spec, rows in (("data set", experiment.data.set, data.TABLE), ("model", experiment.model, models.TABLE)):
-        config.part(kind, spec, rows)
-    config.part("partition", experiment.data.partition, partition.TABLE)
-    return Parts(
-        table.method(experiment.method, config.work(experiment.work)),
-        pacing,
-        config.part("selector", experiment.selector, selectors.TABLE),
-        _fleet(experiment),
-        config.part("network", experiment.devices.network, network.TABLE),
-        config.part("codec", {"name": "codec", **experiment.codec}, {"codec": Codec}),
-        experiment.residual,
-    )
+    settings = simulated(experiment)
+    link: network.Part = config.part("network", settings.network, network.TABLE)
+    return Plan(parts.of(experiment), _fleet(settings, experiment), link, experiment.residual)
 
 
-def start(built: Parts, given: Problem) -> State:
+def simulated(experiment: Experiment) -> config.Devices:
+    """The devices of an experiment that can be simulated. Raises ConfigError."""
+    if isinstance(experiment.devices, config.Devices):
+        return experiment.devices
+    raise ConfigError("devices: real ones are not simulated; give a mix or a fleet")
+
+
+def start(planned: Plan, given: Problem) -> State:
     """The state before any task, after a rehearsal of what comes: costs, masks, tasks, the merge. Raises ValueError."""
     params = models.values(given.model)
     architecture = groups.architecture(given.model, given.example)
-    state = built.method.init(params, architecture, built.classes, given.seed)
+    state = planned.parts.method.init(params, architecture, planned.classes, given.seed)
     forward = cost.flops_by_kind(params, masks.DENSE, architecture)
-    for device in built.fleet:
+    for device in planned.fleet:
         device.seconds({kind: flops for kind, flops in forward.items() if flops})
-    for client in {name: client for client, name in built.classes.items()}.values():
-        task = built.method.assign(state, client, np.random.default_rng(given.seed))
-        if built.residual and task.mask.ranking is None:
+    for client in {name: client for client, name in planned.classes.items()}.values():
+        task = planned.parts.method.assign(state, client, np.random.default_rng(given.seed))
+        if planned.residual and task.mask.ranking is None:
             raise ConfigError("residual: the method's masks are not cut from one ranking")
-    if type(getattr(built.method, "merge", None)) in merge.TABLE.values():
-        built.method.merge(state, ())  # leaves all as it is, but sees the model
+    if type(getattr(planned.parts.method, "merge", None)) in merge.TABLE.values():
+        planned.parts.method.merge(state, ())  # leaves all as it is, but sees the model
     return state
 
 
 def spelled(experiment: Experiment) -> Experiment:
     """The same experiment with every default written out, of parts and of the device profiles in use."""
-    e, settings = experiment, experiment.devices
-    noise = config.part("noise", {"name": "noise", **e.data.noise}, {"noise": partition.Noise})
-    learned = {
-        "set": config.spelled(e.data.set, data.TABLE),
-        "partition": config.spelled(e.data.partition, partition.TABLE),
-        "noise": asdict(noise),
-    }
+    settings = simulated(experiment)
     owned: dict[str, Any] = {"network": config.spelled(settings.network, network.TABLE)}
     if settings.fleet is not None:
         owned["fleet"] = config.spelled(settings.fleet, devices.TABLE)
     else:
-        owned["profiles"] = {name: _profile(device) for name, device in _profiles(e).items() if name in settings.mix}
-    return e.model_copy(
-        update={
-            "data": e.data.model_copy(update=learned),
-            "model": config.spelled(e.model, models.TABLE),
-            "work": asdict(config.work(e.work)),
-            "method": table.spelled(e.method),
-            "pacing": config.spelled(e.pacing, pacings.TABLE),
-            "selector": config.spelled(e.selector, selectors.TABLE),
-            "devices": settings.model_copy(update=owned),
-            "codec": asdict(config.part("codec", {"name": "codec", **e.codec}, {"codec": Codec})),
-        }
-    )
+        owned["profiles"] = {name: _profile(d) for name, d in _profiles(settings).items() if name in settings.mix}
+    full = parts.spelled(experiment)
+    return full.model_copy(update={"devices": settings.model_copy(update=owned)})
 
 
-def _fleet(experiment: Experiment) -> tuple[Device, ...]:
-    settings, clients = experiment.devices, experiment.data.clients
+def _fleet(settings: config.Devices, experiment: Experiment) -> tuple[Device, ...]:
+    clients = experiment.data.clients
     if settings.fleet is not None:
         fleet: tuple[Device, ...] = config.part("devices: fleet", settings.fleet, devices.TABLE)
     else:
         try:
-            fleet = devices.fleet(settings.mix, clients, experiment.seed, _profiles(experiment), settings.spread)
+            fleet = devices.fleet(settings.mix, clients, experiment.seed, _profiles(settings), settings.spread)
         except ValueError as error:
             raise ConfigError(f"devices: {error}") from None
     if len(fleet) != clients:
@@ -121,8 +91,8 @@ def _fleet(experiment: Experiment) -> tuple[Device, ...]:
     return fleet
 
 
-def _profiles(experiment: Experiment) -> dict[str, Device]:
-    own = experiment.devices.profiles
+def _profiles(settings: config.Devices) -> dict[str, Device]:
+    own = settings.profiles
     return devices.load(Path(own) if isinstance(own, str) else own)
 
 

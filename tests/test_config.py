@@ -174,7 +174,7 @@ def test_parts_are_spelled_out_to_the_last_option() -> None:
 def test_an_experiment_spelled_out_is_the_same_and_stands_alone() -> None:
     experiment = config.load(experiments.path("default"), ["devices.spread=0.2"])
     full = plan.spelled(experiment)
-    assert plan.parts(full).fleet == plan.parts(experiment).fleet
+    assert plan.of(full).fleet == plan.of(experiment).fleet
     assert plan.spelled(full) == full
     assert set(full.devices.profiles or {}) == set(experiment.devices.mix)
     assert set(full.work) == set(Work.__dataclass_fields__)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clients.evaluate import evaluate
+from prfl.evaluate import evaluate
 from prfl import models
 from prfl.data import Samples
 from prfl.masks import Mask

@@ -30,7 +30,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.app import app
-from clients.evaluate import evaluate
+from prfl.evaluate import evaluate
 from clients.local import Local
 from prfl import config, groups, models, problem
 from prfl.codec import Codec, Layout
@@ -748,7 +748,7 @@ SCRIPT = """
     from flwr.simulation import run_simulation
 
     from clients.app import app
-    from clients.evaluate import evaluate
+    from prfl.evaluate import evaluate
     from prfl import groups, models, problem
     from prfl.records import experiment_in
     from prfl.types import Work

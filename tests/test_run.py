@@ -15,10 +15,10 @@ import torch
 from prfl import config, models, problem, store
 from prfl.archives import DataError
 from prfl.config import Experiment
+from prfl.interrupt import Gate
+from prfl.tally import Tally
 from sim import experiments, pools
-from sim.interrupt import Gate
 from sim.run import simulate
-from sim.tally import Tally
 
 SMALL = ["data.clients=8", "model={name: mlp, hidden: [16]}", "pacing={name: buffered, in_flight: 5, goal: 3}",
          "work={steps: 3}", "stop={versions: 6}", "evaluate_every=2"]  # fmt: skip
@@ -189,7 +189,7 @@ def test_tasks_given_up_are_in_flight_no_more() -> None:
     send = {"kind": "send", "at": 0.0, "client": 0, "density": 1.0}
     came = {"kind": "arrival", "at": 1.0, "client": 0, "density": 1.0, "staleness": 0, "used": True}
     for drop_late, want in ((True, 0), (False, 1)):
-        tally = Tally(["a", "a"], drop_late)
+        tally = Tally({0: "a", 1: "a"}, drop_late)
         tally(send)
         tally({**send, "client": 1})
         tally({**came, "bytes_up": 1, "bytes_down": 2})

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clients.train import batches
 from prfl import models
-from prfl.data import Samples
+from prfl.samples import Samples, batches
 from prfl.types import Tree
 
 

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from sim.tally import Tally
+from prfl.tally import Tally
 
 REDRAW = 0.2  # seconds of wall clock between two pictures
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from typing import Any
 class Tally:
     """Fed with the events of a run. `classes[client]`: device class. `drop_late`: a merge gives up what is at work."""
 
-    classes: Sequence[str]
+    classes: Mapping[int, str]
     drop_late: bool = False
     version: int = 0
     at: float = 0.0
