@@ -44,26 +44,27 @@ class Ranking:
         return self._cuts[share]
 
     @cached_property
-    def _places(self) -> Places:
+    def places(self) -> Places:
+        """What `Places` says, of every entry or group."""
         places = self._order[0]()
         self._order.clear()
         return places
 
     def _weights(self, share: float) -> Mask:
-        sizes = {k: place.numel() for k, place in self._places.items()}
+        sizes = {k: place.numel() for k, place in self.places.items()}
         keep = {k: self.cut.core_of(n) for k, n in sizes.items()}
         if self.cut.spread == "model":
             keep = dict.fromkeys(sizes, max(sum(keep.values()), floor(share * sum(sizes.values()) + NOISE)))
         else:
-            shares = erk(self._places, share) if self.cut.spread == "erk" else dict.fromkeys(sizes, share)
+            shares = erk(self.places, share) if self.cut.spread == "erk" else dict.fromkeys(sizes, share)
             keep = {k: max(keep[k], round(shares[k] * n)) for k, n in sizes.items()}
-        bits = {k: place < keep[k] for k, place in self._places.items()}
+        bits = {k: place < keep[k] for k, place in self.places.items()}
         return Mask({k: kept for k, kept in bits.items() if not bool(kept.all())}, origin=ref(self))
 
     def _channels(self, share: float) -> Mask:
         width = share**0.5 if self.cut.width == "sqrt" else share
         channels = {}
-        for group, place in self._places.items():
+        for group, place in self.places.items():
             keep = max(self.cut.core_of(group.size), ceil(width * group.size - NOISE))
             whole = any(self.cut.skips(m.entry) for m in group.members)
             channels[group] = (place < (group.size if whole else keep)).nonzero().flatten()

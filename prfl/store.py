@@ -7,12 +7,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import count
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
@@ -21,6 +21,7 @@ from prfl.config import ConfigError, Experiment, plain
 if TYPE_CHECKING:  # torch comes with it, and a folder is found without
     from prfl.types import Tree
 
+WALL = b',"wall":'  # the last field of every line
 PACKAGES = ("prfl", "flwr", "torch", "torchvision", "numpy", "ray", "safetensors", "scikit-learn")
 
 
@@ -28,22 +29,56 @@ class Run:
     """An open run folder; every file but `events.jsonl` is there as a whole or not at all.
 
     Events go to `events.jsonl` as they happen, one JSON object a line; `events_sha256` leaves wall-clock fields out.
+    Without an experiment a folder is opened again: its log, its hash and its wall clock go on from the last event.
     """
 
-    def __init__(self, folder: Path, experiment: Experiment):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, experiment: Experiment | None = None):
         self.folder, self._began, self._hash = folder, time.monotonic(), hashlib.sha256()
-        config = yaml.safe_dump(plain(experiment.model_dump()), sort_keys=False, allow_unicode=True)
-        _whole(folder / "config.yaml", config.encode())
-        self.write("env.json", environment())
-        self._events = (folder / "events.jsonl").open("w", encoding="utf-8")
+        log = folder / "events.jsonl"
+        if experiment is None:
+            last = 0.0
+            for line in log.read_bytes().splitlines():
+                logged, _, wall = line.rpartition(WALL)
+                self._hash.update(logged + b"}\n")
+                last = float(wall[:-1])
+            self._began -= last
+        else:
+            settle(folder, experiment)
+            self.write("env.json", environment())
+        self._events = log.open("a" if experiment is None else "w", encoding="utf-8")
+
+    @classmethod
+    def again(cls, folder: Path, offset: int) -> tuple[Run, list[dict[str, Any]]]:
+        """The run as when its log had `offset` bytes, opened to go on; and the events since, now in `lost.jsonl`.
+
+        ConfigError: there is no run, or its log does not reach so far or has no line that ends there.
+        """
+        path = _log(folder)
+        with path.open("r+b") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, offset - 1))
+            if not 0 <= offset <= size or (offset and log.read(1) != b"\n"):
+                raise ConfigError(f"{path} has {size} bytes and no event that ends at byte {offset}")
+            lost = list(_events(log))
+            if lost:
+                with (folder / "lost.jsonl").open("ab") as kept:
+                    kept.writelines(line for line, _ in lost)
+                    _synced(kept)
+            log.truncate(offset)
+            _synced(log)
+        return cls(folder), [event for _, event in lost]
 
     def log(self, event: Mapping[str, Any]) -> None:
         line = json.dumps(_finite(event), separators=(",", ":"), allow_nan=False)
         self._hash.update(line.encode() + b"\n")
-        self._events.write(f'{line[:-1]},"wall":{self.seconds():.3f}}}\n')
+        self._events.write(f"{line[:-1]}{WALL.decode()}{self.seconds():.3f}}}\n")
         if event["kind"] == "merge":
             self._events.flush()
+
+    def offset(self) -> int:
+        """Bytes of the log, all of them safely on disk: what `again` takes."""
+        _synced(self._events)
+        return os.fstat(self._events.fileno()).st_size
 
     def seconds(self) -> float:
         """Wall-clock seconds since the run began."""
@@ -66,6 +101,19 @@ class Run:
 
     def close(self) -> None:
         self._events.close()
+
+
+def settle(folder: Path, experiment: Experiment) -> None:
+    """A run folder with nothing in it but what the run is asked, `config.yaml`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = yaml.safe_dump(plain(experiment.model_dump()), sort_keys=False, allow_unicode=True)
+    _whole(folder / "config.yaml", config.encode())
+
+
+def events(folder: Path) -> Iterator[dict[str, Any]]:
+    """The events of a run folder, in order, up to a line that is not whole. ConfigError: there is no run."""
+    with _log(folder).open("rb") as log:
+        yield from (event for _, event in _events(log))
 
 
 def free(out: Path | None, name: str, root: Path = Path("runs")) -> Path:
@@ -114,6 +162,29 @@ def _version(package: str) -> str:
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no infinity and no nan."""
     return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
+
+
+def _log(folder: Path) -> Path:
+    if not (folder / "events.jsonl").is_file():
+        raise ConfigError(f"{folder} holds no run")
+    return folder / "events.jsonl"
+
+
+def _events(log: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines and what they say, up to one that was not written whole: after a crash anything may follow."""
+    for line in log:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith(b"\n"):
+            return
+        yield line, event
+
+
+def _synced(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _whole(path: Path, content: bytes) -> None:
