@@ -30,7 +30,7 @@ def evaluate(
     loss = right = right5 = 0.0
     with torch.inference_mode():
         if calibrate is not None:
-            _calibrate(net, calibrate, batch)
+            estimate_norms(net, calibrate, batch)
         for at in torch.split(torch.arange(len(samples)), batch):
             x, y = samples.batch(at)
             logits = net(x)
@@ -46,7 +46,8 @@ def _hits(logits: Tensor, y: Tensor, best: int) -> float:
     return float((logits.topk(min(best, logits.shape[1])).indices == y[:, None]).sum())
 
 
-def _calibrate(net: nn.Module, samples: Samples, batch: int) -> None:
+def estimate_norms(net: nn.Module, samples: Samples, batch: int = 500) -> None:
+    """Take a network's BatchNorm statistics anew, in place: the mean over batches of `batch` samples."""
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
     if not norms:
         return

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prfl.evaluate import evaluate
 from prfl import models
 from prfl.data import Samples
+from prfl.evaluate import evaluate
 from prfl.masks import Mask
 
 
