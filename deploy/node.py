@@ -1,0 +1,279 @@
+"""The warm node: Flower's SuperNode in one process, with the ClientApp in it, from one task to the next."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from random import uniform
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+from flwr.app import Context, Error, Message, RecordDict
+
+from prfl.records import RAISED
+
+if TYPE_CHECKING:
+    from deploy.internals import Fleet, Notice, Parcel
+
+T = TypeVar("T")
+IDLE = 1.0  # seconds between two looks at most
+EASE = 0.05  # share of the time without a task that the next one may lie there unseen
+AGAIN, LONGEST = 0.5, 10.0  # seconds between two tries while the SuperLink is away: at first, at most
+REFUSED, KNOCK = 120.0, 5.0  # seconds to go on while refused, and between two tries
+PULSE = 10.0  # seconds between two heartbeats
+THERE = 0.05  # seconds until an object may have come that was still on its way
+AT_ONCE = 4  # requests for the objects of a message
+GOODBYE = 3.0  # seconds to say it in
+RUNS = 4  # whose state is kept
+
+log = logging.getLogger("prfl")
+
+
+class Leave(BaseException):
+    """We were told to go."""
+
+
+@dataclass
+class Line:
+    """The way to the SuperLink: when it is away, calls wait until it is back, and one line says so."""
+
+    address: str
+    fleet: Fleet
+    leaving: threading.Event = field(default_factory=threading.Event)
+    pool: ThreadPool = field(default_factory=lambda: ThreadPool(AT_ONCE))
+    _since: float | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def insist(self, call: Callable[[], T]) -> T:
+        """The call's result. Whatever it raises but ConnectionError is raised here, and Leave when we are to go."""
+        tries = 0
+        while not self.leaving.is_set():
+            try:
+                found = call()
+            except ConnectionError as error:
+                tries += 1
+                if tries > 1:  # once is nothing: the SuperLink closes connections that were silent
+                    self._away(error)
+                    self.leaving.wait(uniform(0.5, 1.0) * min(LONGEST, AGAIN * 2 ** (tries - 1)))
+            else:
+                self._back()
+                return found
+        raise Leave
+
+    def fetch(self, node: int, notice: Notice) -> dict[str, bytes]:
+        """All objects of a message. Raises LookupError when one never comes."""
+
+        def one(name: str) -> bytes:
+            while (found := self.insist(lambda: self.fleet.fetch(node, notice.run, name))) is None:
+                self.leaving.wait(THERE)
+            return found
+
+        return dict(zip(notice.objects, self.pool.map(one, notice.objects, chunksize=1), strict=True))
+
+    def deliver(self, node: int, parcel: Parcel, seconds: float) -> int:
+        """Bytes of the reply. It counts once, however often it must be tried; 0: it is not wanted any more."""
+        run, sent, again = parcel.message.metadata.run_id, 0, False
+        while True:
+            session, wanted = self.insist(lambda: self.fleet.announce(node, parcel, seconds))
+            if not wanted and not again:
+                return 0
+
+            def one(name: str, session: str = session) -> int:
+                content = parcel.contents[name]()
+                self.insist(lambda: self.fleet.store(node, run, session, name, content))
+                return len(content)
+
+            again = True
+            with suppress(LookupError):
+                return sent + sum(self.pool.map(one, wanted, chunksize=1))
+
+    def _away(self, error: ConnectionError) -> None:
+        with self._lock:
+            if self._since is None:
+                self._since = time.monotonic()
+                log.warning("%s does not answer (%s); trying again until it does", self.address, error)
+
+    def _back(self) -> None:
+        with self._lock:
+            if self._since is not None:
+                log.info("%s answers again after %.0f s", self.address, time.monotonic() - self._since)
+                self._since = None
+
+
+def serve(
+    address: str,
+    config: Mapping[str, str | int],
+    *,
+    root_certificates: Path | None,
+    key: Path | None,
+    poll: float = 0.05,
+) -> None:
+    """Be a node until SIGTERM or SIGINT; to be called from the main thread, as the work of a process.
+
+    `address`: host:port of the SuperLink or its gate. `config`: Flower's node config. Without root certificates nothing
+    is encrypted, and there can be no key. `poll`: seconds between two looks for a task while tasks come; without any
+    they grow to 1 s. Raises ValueError when this can not be, or the SuperLink refuses us for two minutes.
+    """
+    if (root_certificates is None) != (key is None):
+        raise ValueError("root certificates and a key go together, or neither: an insecure node has no key")
+    try:
+        from deploy import internals
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"this Flower is not 1.41 ({error}); the node runs with --stock") from None
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    log.setLevel(logging.INFO)
+    root = None if root_certificates is None else root_certificates.read_bytes()
+    private = None if key is None else internals.load_key(key)
+    with internals.fleet(address, root, private) as fleet:
+        line = Line(address, fleet)
+        with _told_to_leave(line.leaving), suppress(Leave):
+            from clients.app import app  # torch comes with it
+
+            contexts: OrderedDict[int, Context] = OrderedDict()
+            while True:
+                with _connected(line, key) as node:
+                    _work(line, node, {**config}, contexts, app, poll)
+
+
+@contextmanager
+def _connected(line: Line, key: Path | None) -> Iterator[int]:
+    """Our number, with heartbeats while it lasts; what the SuperLink forgets about us ends it without an error."""
+    node, over = _activated(line, key), threading.Event()
+    log.info("connected to %s as node %d", line.address, node)
+    beats = threading.Thread(target=_beat, args=(line, node, over), daemon=True)
+    beats.start()
+    try:
+        yield node
+    except PermissionError as error:
+        log.warning("%s refuses this node: %s; connecting anew", line.address, error)
+        line.leaving.wait(AGAIN)
+    finally:
+        over.set()
+        bye = threading.Thread(target=_say_goodbye, args=(line, node), daemon=True)
+        bye.start()
+        bye.join(GOODBYE)
+
+
+def _activated(line: Line, key: Path | None) -> int:
+    """Our number. Raises ValueError when the SuperLink refuses us for two minutes."""
+    name, began, said = f"the key {key}" if key else "this node", time.monotonic(), False
+    while True:
+        try:
+            return line.insist(line.fleet.activate)
+        except PermissionError as error:
+            why = f"{line.address} refuses {name} ({error})"
+        if time.monotonic() - began > REFUSED:
+            raise ValueError(f"{why} since {REFUSED:.0f} s: it is not admitted there, or another node uses it")
+        if not said:
+            log.warning(
+                "%s: it is not admitted there, or the node before us is not yet forgotten, which takes a minute; "
+                "trying again for %.0f s",
+                why,
+                REFUSED,
+            )
+            said = True
+        line.leaving.wait(KNOCK)
+
+
+def _beat(line: Line, node: int, over: threading.Event) -> None:
+    """Heartbeats: a device whose beats stay out is gone for the server, and its task lost."""
+    pause = PULSE
+    while not over.wait(pause):
+        pause = PULSE
+        try:
+            line.fleet.heartbeat(node)
+        except ConnectionError:
+            pause = 1.0  # back on the list as soon as it can be
+        except (PermissionError, ValueError) as error:
+            log.debug("heartbeat: %s", error)  # the next look for a task says so too
+
+
+def _say_goodbye(line: Line, node: int) -> None:
+    with suppress(ConnectionError, PermissionError, ValueError):
+        line.fleet.deactivate(node)
+
+
+def _work(
+    line: Line,
+    node: int,
+    config: dict[str, bool | float | int | str],
+    contexts: OrderedDict[int, Context],
+    app: Callable[[Message, Context], Message],
+    poll: float,
+) -> None:
+    """Tasks, one after the other, until the SuperLink does not know us any more: PermissionError."""
+    latest = time.monotonic()
+    while True:
+        try:
+            notice = line.insist(lambda: line.fleet.look(node))
+        except ValueError as error:
+            log.warning("a message was lost: %s", error)
+            continue
+        if notice is None:
+            line.leaving.wait(min(max(poll, EASE * (time.monotonic() - latest)), max(poll, IDLE)))
+            continue
+        run = notice.run
+        context = contexts.setdefault(run, Context(run, node, config, RecordDict(), {}))
+        contexts.move_to_end(run)
+        while len(contexts) > RUNS:
+            contexts.popitem(last=False)
+        _task(line, node, notice, context, app)
+        latest = time.monotonic()
+
+
+def _task(line: Line, node: int, notice: Notice, context: Context, app: Callable[[Message, Context], Message]) -> None:
+    """One message, from its objects to its reply."""
+    from deploy import internals
+
+    what = f"{notice.message.metadata.message_type} of version {notice.message.metadata.group_id or '-'}"
+    try:
+        began = time.monotonic()
+        contents = line.fetch(node, notice)
+        down = sum(map(len, contents.values()))
+        line.insist(lambda: line.fleet.confirm(node, notice))
+        came = time.monotonic()
+        log.info("%s: %d bytes came in %.2f s", what, down, came - began)
+        internals.act_as(node, notice.run)
+        try:
+            reply = app(notice.whole(contents), context)
+        except Exception as error:
+            log.error("the ClientApp failed", exc_info=error)
+            reply = Message(Error(RAISED, f"{type(error).__name__} on the device"), reply_to=notice.message)
+        done = time.monotonic()
+        up = line.deliver(node, internals.Parcel.of(reply), done - came)
+        how = f"failed: {reply.error.reason}" if reply.has_error() else "done"
+        if not up:
+            how += ", but the answer is not wanted any more"
+        log.info("%s: %s; %.2f s of work, %d bytes went in %.2f s", what, how, done - came, up, time.monotonic() - done)
+    except internals.Over:
+        log.info("%s: dropped, its run has ended", what)
+    except LookupError as error:
+        log.warning("%s: dropped, %s", what, error)
+    except ValueError as error:
+        log.warning("%s: dropped: %s", what, error)
+
+
+@contextmanager
+def _told_to_leave(leaving: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT raise Leave in whatever goes on: a task under way is given up."""
+
+    def go(number: int, frame: FrameType | None) -> None:
+        if not leaving.is_set():
+            leaving.set()
+            log.info("leaving")
+            raise Leave
+
+    before = {number: signal.signal(number, go) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
