@@ -33,10 +33,7 @@ class Local:
 
         Without `own` the device cuts its part out as the simulation does, which takes the partitioners of `prfl[sim]`.
         """
-        if own:
-            data = experiment.data.model_copy(update={"partition": f"{__name__}:undivided"})
-            experiment = experiment.model_copy(update={"data": data})
-        return Local(problem.build(experiment, folder))
+        return Local(problem.build(undivided(experiment) if own else experiment, folder))
 
     def samples(self, client: int) -> Samples:
         """A client's training samples. Raises ValueError for one that the experiment does not have."""
@@ -49,10 +46,16 @@ class Local:
         return train.train(task, self.model, self.samples(task.client))
 
 
-def undivided() -> Partition:
-    """No partition: every client sees all samples, because each has a data set of its own."""
+def undivided(experiment: Experiment) -> Experiment:
+    """The same experiment where all data is one's own: of a device, or the server's to judge by."""
+    data = experiment.data.model_copy(update={"partition": f"{__name__}:whole"})
+    return experiment.model_copy(update={"data": data})
 
-    def whole(labels: Tensor, natural: Tensor | None, clients: int, seed: int) -> list[Tensor]:
+
+def whole() -> Partition:
+    """No partition: every client sees all samples."""
+
+    def split(labels: Tensor, natural: Tensor | None, clients: int, seed: int) -> list[Tensor]:
         return [torch.arange(len(labels))] * clients
 
-    return whole
+    return split

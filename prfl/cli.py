@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 import typer
@@ -13,8 +14,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from deploy.cli import HOME
+from deploy.cli import app as deploy  # light as well
+
+if TYPE_CHECKING:
+    from deploy.home import Home
+
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(deploy, name="deploy")
+devices_app = typer.Typer()
+app.add_typer(devices_app, name="devices")
 
 
 @app.callback()
@@ -29,8 +39,11 @@ def run(
     workers: Annotated[Literal["ray", "serial"], typer.Option(help="Where clients train.")] = "ray",
     num_workers: Annotated[int, typer.Option(min=0, metavar="N", help="Ray actors; 0: one a core.")] = 0,
     data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where data sets lie.")] = None,
+    home: Annotated[Path, typer.Option(metavar="DIR", envvar="PRFL_HOME", help="Of the server, for real devices.")] = (
+        HOME
+    ),
 ) -> None:
-    """Run an experiment in simulation.
+    """Run an experiment, in simulation or, where it says devices: real, on the nodes of `prfl deploy server`.
 
     EXPERIMENT is a YAML file or the name of one that ships; without it the default one runs.
 
@@ -46,6 +59,13 @@ def run(
     parts = (experiment.method, experiment.pacing, experiment.data.set)
     title = "{}, {}, {}, {} clients, seed {}".format(*map(config.name, parts), experiment.data.clients, experiment.seed)
     console.print(f"{title}: {folder}", markup=False, soft_wrap=True)
+    if isinstance(experiment.devices, config.Real):
+        from deploy import submit
+        from deploy.home import Home
+
+        here = Home.of(home)
+        _followed(here, submit.submit(here, experiment, folder, data_dir), folder)
+        return
 
     from prfl import live
     from sim import pools  # torch comes with them, after the first line
@@ -54,7 +74,49 @@ def run(
     pool = pools.serial if workers == "serial" else pools.ray(num_workers or os.cpu_count() or 1)
     with live.Watch(title, experiment.stop.versions, console) as watch:
         result = simulate(experiment, folder, pool=pool, data_dir=data_dir, watch=watch)
-    live.summary(console, result, folder)
+    _shown(result, folder)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    home: Annotated[Path, typer.Option(metavar="DIR", envvar="PRFL_HOME", help="Of the server.")] = HOME,
+) -> None:
+    """Go on with a run on real devices that was broken off, or follow one that is under way."""
+    from deploy import submit
+    from deploy.home import Home
+
+    here = Home.of(home)
+    number = submit.resume(here, folder)
+    if number is None:
+        print(f"{folder} has come to its end")
+    else:
+        _followed(here, number, folder)
+
+
+def _followed(home: Home, number: int, folder: Path) -> None:
+    """Show a run on real devices until it ends."""
+    from deploy import submit
+    from prfl import config, live
+
+    print(f"run {number} of {home.folder}", flush=True)
+    parts = submit.experiment(folder)
+    title = "{}, {}, {}, real devices, seed {}".format(
+        *map(config.name, (parts.method, parts.pacing, parts.data.set)), parts.seed
+    )
+    try:
+        with live.Watch(title, parts.stop.versions, Console(highlight=False)) as watch:
+            result = submit.follow(home, number, folder, watch)
+    except KeyboardInterrupt:
+        print(f"\nthe run goes on; `prfl resume {folder}` follows it again, `prfl deploy stop {folder}` ends it")
+        return
+    _shown(result, folder)
+
+
+def _shown(result: Mapping[str, Any], folder: Path) -> None:
+    from prfl import live
+
+    live.summary(Console(highlight=False), result, folder)
     if result["stopped"]:
         _complain(f"{result['stopped']}; {folder} is complete up to version {result['versions']}")
         raise typer.Exit(130 if result["interrupted"] else 1)
@@ -74,26 +136,132 @@ def methods() -> None:
     _wide().print(t)
 
 
-@app.command()
+@devices_app.callback(invoke_without_command=True)
 def devices(
+    context: typer.Context,
     profiles: Annotated[Path | None, typer.Option(metavar="FILE", help="Your own profiles, laid over these.")] = None,
 ) -> None:
-    """The device profiles that simulation knows."""
-    from prfl.live import size
-    from sim import devices as known
+    """The device profiles that simulation knows; `measure` makes one of this device."""
+    if context.invoked_subcommand is None:
+        from sim import devices as known
 
-    t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        _profiles([vars(device) for device in known.load(profiles).values()])
+
+
+@devices_app.command()
+def measure(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[EXPERIMENT] [KEY=VALUE]...")] = None,
+    name: Annotated[str, typer.Option(help="Of the profile; default: this host's name.")] = "",
+    link: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where `prfl devices link` runs.")] = "",
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server that this node dials.")] = "",
+    home: Annotated[
+        Path, typer.Option(metavar="DIR", envvar="PRFL_HOME", help="Holds the server's certificate, ca.crt.")
+    ] = Path("~/.prfl"),
+    stock: Annotated[bool, typer.Option("--stock", help="For Flower's own node, not the warm one.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of each of some thirty runs.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: NAME.yaml; what it holds stays.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where data sets lie.")] = None,
+) -> None:
+    """Measure this device as it trains an experiment, and write its profile for simulations.
+
+    Without EXPERIMENT a small convolutional network is trained. Let nothing else run meanwhile.
+    """
+    import platform
+
+    from deploy import measure as on_device
+    from deploy.cli import PORT
+    from deploy.link import address
+    from prfl import config
+    from sim import experiments
+
+    path, changes = experiments.chosen(arguments) if arguments else (None, [])
+    experiment = config.load(path, changes) if arguments else on_device.DEFAULT
+    name = name or platform.node().partition(".")[0] or "device"
+    found = on_device.measured(
+        experiment,
+        data_dir,
+        tester=address(link) if link else None,
+        server=address(server, PORT) if server else None,
+        ca=home.expanduser() / "ca.crt",
+        stock=stock,
+        seconds=seconds,
+        say=print,
+    )
+    file = out or Path(f"{name}.yaml")
+    on_device.write(file, name, found)
+    _profiles([{"name": name, **found}])
+    missing = "" if link else "; down, up and latency are to be added, or measured with --link HOST:PORT"
+    print(f"{name} is in {file}{missing}")
+
+
+@devices_app.command("link")
+def link_test(
+    host: Annotated[str, typer.Option(help="The address to listen on; default: all.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8090,
+    minutes: Annotated[float, typer.Option(min=0.01, max=1440, help="It ends by itself.")] = 10,
+) -> None:
+    """Answer the link test of `prfl devices measure`, on the server, for some minutes.
+
+    Whoever reaches the port can use the link meanwhile, and nothing else.
+    """
+    from contextlib import suppress
+
+    from deploy import link
+
+    with suppress(KeyboardInterrupt):
+        link.serve(host, port, minutes)
+
+
+def _profiles(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Device profiles as a table; a dash where one leaves a field out."""
+    from prfl.live import size
+
+    t = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     t.add_column("device", no_wrap=True)
-    for heading in ("GFLOP/s\nconv", "\nlinear", "\nmemory", "\ndown/s", "\nup/s", "start\ns", "busy\nW"):
+    for heading in ("GFLOP/s\nconv", "\nlinear", "\nmemory", "\ndown/s", "\nup/s", "start\ns", "step\nms", "busy\nW"):
         t.add_column(heading, justify="right", no_wrap=True)
     t.add_column("\nfigures", no_wrap=True)
-    for d in known.load(profiles).values():
-        rates = [f"{d.flops[kind] / 1e9:.1f}" if kind in d.flops else "none" for kind in ("conv", "linear")]
-        links = size(d.memory), size(d.down), size(d.up)
-        t.add_row(
-            d.name, *rates, *links, f"{d.startup:g}", f"{d.watts.busy:g}", "measured" if d.measured else "estimated"
-        )
+    for d in rows:
+        rates = [f"{d['flops'][kind] / 1e9:.1f}" if kind in d["flops"] else "none" for kind in ("conv", "linear")]
+        links = [size(d[key]) if key in d else "-" for key in ("memory", "down", "up")]
+        watts = f"{d['watts'].busy:g}" if "watts" in d else "-"
+        times = f"{d['startup']:.3g}", f"{1000 * d['step']:.3g}"
+        t.add_row(d["name"], *rates, *links, *times, watts, "measured" if d["measured"] else "estimated")
     _wide().print(t)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    form: Annotated[Literal["pt2", "onnx", "safetensors"], typer.Option("--format", help="Of the file.")] = "pt2",
+    density: Annotated[float, typer.Option(metavar="D", help="Share of the model; the run's last ranking cuts.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: export-D.FORMAT in RUN.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where data sets lie.")] = None,
+) -> None:
+    """Write a run's model as a file for devices: really smaller where channels are cut, and checked on test data."""
+    import torch
+
+    from clients import export as exporting
+    from prfl.live import size
+    from prfl.types import Work
+    from strategies import judge, parts
+
+    found = exporting.trained(run, data_dir)
+    mask, model, test = found.mask(density), found.model, found.given.dataset.test
+    file = out or run / f"export-{density:g}.{form}"
+    if file.resolve() == (run / "model.safetensors").resolve():
+        raise ValueError(f"--out {file} is the run's own model; choose another file")
+    plan = parts.of(found.experiment).method.work
+    work = plan if isinstance(plan, Work) else plan(found.state.version if found.state else 0)
+    if work.statistics == "static":
+        model = found.calibrated(mask, judge.CALIBRATION)
+        print("BatchNorm statistics are taken from training samples, as the method leaves them to the test")
+    x, _ = test.batch(torch.arange(min(64, len(test))))
+    made = exporting.export(model, mask, x, form, file, {**found.about, "density": density})
+    print(f"{made.path}: {size(made.size)}, {made.kept:,} of {made.weights:,} values kept")
+    if mask.bits:
+        print("single weights are pruned: they are zero, and the model keeps its size")
+    print(f"outputs as of the masked model within {made.difference:.1g} on {made.samples} test samples")
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def _rows(result: Mapping[str, Any], folder: object) -> Iterator[tuple[str, str]
     yield "test accuracy", f"{result['test_accuracy']:.4f}"
     yield "validation accuracy", f"{result['validation_accuracy']:.4f} (best {best:.4f})"
     yield "versions", f"{result['versions']}" + (", stopped early" if result["stopped"] else "")
-    yield "virtual time", duration(result["virtual_seconds"])
+    yield "time" if "poll_seconds_mean" in result else "virtual time", duration(result["virtual_seconds"])
     yield "wall time", duration(result["wall_seconds"])
     yield "updates", f"{result['client_updates']} used, {result['failed_updates']} not"
     yield "updates by class", ", ".join(f"{k} {v}" for k, v in result["updates_by_class"].items()) or "none"

@@ -9,9 +9,12 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """Fed with the events of a run. `classes[client]`: device class. `drop_late`: a merge gives up what is at work."""
+    """Fed with the events of a run. `classes[client]`: device class, as far as it is known before anybody joins.
 
-    classes: Mapping[int, str]
+    `drop_late`: a merge gives up what is at work.
+    """
+
+    classes: dict[int, str]
     drop_late: bool = False
     version: int = 0
     at: float = 0.0
@@ -31,6 +34,9 @@ class Tally:
     def __call__(self, event: Mapping[str, Any]) -> None:
         self.at = max(self.at, event["at"])
         getattr(self, f"_{event['kind']}")(event)
+
+    def _join(self, e: Mapping[str, Any]) -> None:
+        self.classes[e["client"]] = e["class"]
 
     def _send(self, e: Mapping[str, Any]) -> None:
         self.at_work.add(e["client"])
@@ -55,6 +61,13 @@ class Tally:
         self.version = e["version"]
         if self.drop_late:
             self.at_work.clear()
+
+    def _resume(self, e: Mapping[str, Any]) -> None:
+        """A broken run goes on: what was lost has cost, and nobody is waited for any more."""
+        self.bytes_up += e["bytes_up"]
+        self.bytes_down += e["bytes_down"]
+        self.failed += e["updates"]
+        self.at_work.clear()
 
     def _evaluation(self, e: Mapping[str, Any]) -> None:
         self.scores = {k: v for k, v in e.items() if k not in ("kind", "at", "version")}

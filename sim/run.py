@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prfl import problem, store
+from prfl import checkpoint, problem, store
 from prfl.codec import Layout
 from prfl.config import Experiment
 from prfl.tally import Tally
@@ -52,4 +52,5 @@ def simulate(
             state, stopped = learn(experiment, parts, transport, state, run, judge, tally, watch)
         finally:
             run.close()
+    checkpoint.save(folder, state, {}, checkpoint.own(experiment))
     return finish(experiment, parts, layout, state, run, judge, tally, stopped)

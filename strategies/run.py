@@ -27,7 +27,7 @@ def learn(
     run: store.Run,
     judge: Judge,
     tally: Tally,
-    watch: Watch,
+    watch: Watch = lambda event, tally: None,
     keep: Callable[[State], None] = lambda state: None,
 ) -> tuple[State, str | None]:
     """Run to the experiment's end: the last merged state, and why the run stopped before.
@@ -79,8 +79,9 @@ def finish(
     judge: Judge,
     tally: Tally,
     stopped: str | None,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The last files of a run folder, model and summary; the summary."""
+    """The last files of a run folder, model and summary; the summary, with what the caller has `more` to say."""
     run.save_model(state.params)
     dense = len(parts.codec.encode_task(Task(0, 0, state.params, masks.DENSE, Work(), 0), layout))
     scores = judge(state)
@@ -111,6 +112,7 @@ def finish(
         "interrupted": stopped == "interrupted",
         "model_sha256": store.model_sha256(state.params),
         "events_sha256": run.events_sha256,
+        **(more or {}),
     }
     run.write("summary.json", summary)
     return summary

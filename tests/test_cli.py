@@ -159,10 +159,10 @@ def test_a_folder_with_a_run_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert called(monkeypatch, *small()) == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()}
     assert called(monkeypatch, *small("seed=9")) == 2
     assert "out holds a run already" in capsys.readouterr().err
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()} == before
     (tmp_path / "file").touch()
     assert called(monkeypatch, *small(out="file")) == 2
     assert "is a file" in capsys.readouterr().err
@@ -201,7 +201,7 @@ def test_a_run_in_which_everything_fails_is_whole_and_says_why(
 
 def whole(folder: Path) -> dict[str, object]:
     """The summary of a run folder in which nothing is broken or missing."""
-    names = {"config.yaml", "env.json", "events.jsonl", "split.json", "summary.json", "model.safetensors"}
+    names = {"config.yaml", "env.json", "events.jsonl", "split.json", "summary.json", "model.safetensors", "state"}
     assert {p.name for p in folder.iterdir()} == names
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     merges = [e["version"] for e in events if e["kind"] == "merge"]
@@ -259,7 +259,7 @@ def test_a_second_ctrl_c_leaves_nothing_broken(tmp_path: Path) -> None:
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert error == ""
-    names = {p.name for p in (tmp_path / "out").iterdir()}
+    names = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()}
     assert names == {"config.yaml", "env.json", "events.jsonl", "split.json", "model.safetensors"}
     assert load_file("out/model.safetensors")
     assert all(json.loads(line) for line in Path("out/events.jsonl").read_text().splitlines())

@@ -1,0 +1,79 @@
+"""A Grid that hands replies out as they are whole: who uploads slowly, or dies while uploading, holds nobody up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from deploy import internals
+
+
+@dataclass
+class Coming:
+    """A reply that was announced, and the objects of it that have come."""
+
+    notice: internals.Notice
+    contents: dict[str, bytes] = field(default_factory=dict)
+
+
+class Prompt(Grid):
+    """Flower's own Grid waits for the rest of an announced reply, up to three minutes, and lets all others wait.
+
+    Give it the Grid of a ServerApp; a Grid that is none of a SuperLink's stays as it is.
+    """
+
+    def __init__(self, grid: Grid):
+        self._grid, self._desk = grid, internals.desk(grid)
+        self._coming: dict[str, Coming] = {}  # by the message that is answered
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The whole replies to these messages, each once; one that can not be had is an error with the reason."""
+        if self._desk is None:
+            return self._grid.pull_messages(message_ids)
+        asked = set(message_ids)
+        for notice in self._desk.announced(asked - self._coming.keys()):
+            self._coming[notice.message.metadata.reply_to_message_id] = Coming(notice)
+        replies = []
+        for name in sorted(asked & self._coming.keys()):
+            try:
+                reply = self._whole(self._desk, self._coming[name])
+            except (LookupError, ValueError) as error:
+                reply = internals.unread(self._coming[name].notice, str(error))
+            if reply is not None:
+                del self._coming[name]
+                replies.append(reply)
+        return replies
+
+    def _whole(self, desk: internals.Desk, coming: Coming) -> Message | None:
+        """None: some of it is still on its way."""
+        for name in coming.notice.objects:
+            if name not in coming.contents:
+                content = desk.fetch(coming.notice, name)
+                if content is None:
+                    return None
+                coming.contents[name] = content
+        desk.confirm(coming.notice)
+        return coming.notice.whole(coming.contents)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+    def set_run(self, run: Any) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def create_message(self, *arguments: Any, **more: Any) -> Message:
+        return self._grid.create_message(*arguments, **more)
