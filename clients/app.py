@@ -4,82 +4,167 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from secrets import token_hex
+from traceback import walk_tb
 
 import torch
 from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients import memory
+from clients.keeping import Kept, fits
 from clients.local import Local
+from prfl import cost
 from prfl.codec import Codec, Layout
 from prfl.evaluate import evaluate as scores
-from prfl.records import RAISED, experiment_in, groups_in, pack, unpack
-from prfl.types import Task
+from prfl.records import RAISED, architecture_in, experiment_in, line, pack, unpack
+from prfl.types import Architecture, Task, Tree
 
 CARRY = "carry"  # what a lossy codec withheld so far; in the node's state, because it is the client's own
+WANTED = ("experiment", "codec", "architecture")
+OPEN = {"clients.app", "clients.local", "clients.train", "prfl.codec", "prfl.bitstream", "prfl.envelope"}
+"""The modules whose errors the server may read: they speak of its task and of counts, never of what lies in a file."""
 
 app = ClientApp()
+
+
+@dataclass(frozen=True)
+class Received:
+    """A task and what it takes. `held`: bytes of the process before any task of this experiment."""
+
+    task: Task
+    local: Local
+    held: int
+    codec: Codec
+    layout: Layout
+    architecture: Architecture
+    experiment: str
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Decode the task, train, encode the update; what can not be done is answered with the reason, in one line."""
-    try:
-        task, local, codec, layout = _received(message, context)
-        update = local.train(task)
-        carry = context.state.array_records.get(CARRY)
-        before = None if carry is None else dict(carry.to_torch_state_dict())
-        data, withheld = codec.encode_update(update, task, layout, carry=before)
-    except Exception as error:
-        return _failed(message, error)
-    if withheld is not None:
-        context.state[CARRY] = ArrayRecord(dict(withheld))
-    return Message(pack(data), reply_to=message)
+    return _answered(message, lambda: _trained(message, context))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Scores of the received model on this client's own training data."""
-    try:
-        task, local, *_ = _received(message, context)
-        found = scores(task.mask.apply(task.params), local.model, local.samples(task.client))
-    except Exception as error:
-        return _failed(message, error)
-    told = MetricRecord({"num-examples": int(found.pop("samples")), **found})
-    return Message(RecordDict({"metrics": told}), reply_to=message)
+    return _answered(message, lambda: _scored(message, context))
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Who this node is: its client number and its device class, from the node config."""
+    return _answered(message, lambda: _named(context))
+
+
+def _trained(message: Message, context: Context) -> RecordDict:
+    got = _received(message, context)
+    if why := _refusal(got, context):
+        raise ValueError(why)
+    task = got.task
+    logging.getLogger("prfl").info("client %d, version %d, density %.3g", task.client, task.version, task.density)
+    update = got.local.train(task)
+    before = _carried(got, context)
+    data, withheld = got.codec.encode_update(update, got.task, got.layout, carry=before)
+    if withheld is not None:
+        _carry(got, context, withheld)
+    return pack(data)
+
+
+def _scored(message: Message, context: Context) -> RecordDict:
+    got = _received(message, context)
+    found = scores(got.task.mask.apply(got.task.params), got.local.model, got.local.samples(got.task.client))
+    return RecordDict({"metrics": MetricRecord({"num-examples": int(found.pop("samples")), **found})})
+
+
+def _named(context: Context) -> RecordDict:
     node = context.node_config
-    number, profile = int(node.get("partition-id", -1)), str(node.get("profile", "device"))
-    return Message(pack(b"", client=number, profile=profile), reply_to=message)
+    return pack(b"", {"client": _number(context, "partition-id", -1), "profile": str(node.get("profile", "device"))})
 
 
-def _received(message: Message, context: Context) -> tuple[Task, Local, Codec, Layout]:
-    """The task and what it takes. The node config may name a folder of data sets, `data`, or of its `own` data."""
+def _received(message: Message, context: Context) -> Received:
+    """The node config may name a folder of data sets, `data`, or of its `own` data."""
     data, config = unpack(message.content)
+    if missing := [key for key in WANTED if key not in config]:
+        raise ValueError(f"the message lacks {missing[0]}: the server is of another version")
     if threads := int(str(config.get("threads", 0))):
         torch.set_num_threads(threads)
     own, shared = (str(context.node_config.get(key, "")) for key in ("own", "data"))
-    local = _local(str(config["experiment"]), own or shared or str(config.get("data-dir", "")), bool(own))
+    experiment = str(config["experiment"])
+    local, held = _local(experiment, own or shared or str(config.get("data-dir", "")), bool(own))
     codec = Codec(**json.loads(str(config["codec"])))
-    layout = Layout.of(local.params, groups_in(str(config["groups"])))
-    return codec.decode_task(data, layout), local, codec, layout
+    architecture = architecture_in(str(config["architecture"]))
+    layout = Layout.of(local.params, architecture.groups)
+    return Received(codec.decode_task(data, layout), local, held, codec, layout, architecture, experiment)
 
 
 @lru_cache(maxsize=2)
-def _local(experiment: str, folder: str, own: bool) -> Local:
-    return Local.of(experiment_in(experiment), Path(folder) if folder else None, own)
+def _local(experiment: str, folder: str, own: bool) -> tuple[Local, int]:
+    return Local.of(experiment_in(experiment), Path(folder) if folder else None, own), memory.resident()
 
 
-def _failed(message: Message, error: Exception) -> Message:
-    """An error reply with one clear line; the traceback goes to the device's log."""
-    line = str(error).split("\n")[0] or type(error).__name__
-    if not isinstance(error, (ValueError, RuntimeError, ArithmeticError)):
-        line = f"{type(error).__name__}: {line}"
-    logging.getLogger("flwr").warning("task failed: %s", line)
-    logging.getLogger("flwr").debug("", exc_info=error)
-    return Message(Error(RAISED, line), reply_to=message)
+def _refusal(got: Received, context: Context) -> str:
+    """Why this device has no memory for the task, if so. Where the server names no costs, nothing can be foreseen."""
+    task = got.task
+    if not cost.priced(task.params, got.architecture):
+        return ""
+    lossy = not got.codec.lossless
+    needed = got.held + cost.footprint(task.params, task.mask, got.architecture, task.work, lossy=lossy)
+    return cost.refusal(needed, _number(context, "memory", 0) or memory.limit())
+
+
+def _kept(got: Received, context: Context) -> Kept | None:
+    folder = str(context.node_config.get("state", ""))
+    return Kept(Path(folder), got.experiment, got.task.client) if folder else None
+
+
+def _carried(got: Received, context: Context) -> Tree | None:
+    if kept := _kept(got, context):
+        return kept.read(got.layout.shapes)
+    record = context.state.array_records.get(CARRY)
+    before = None if record is None else dict(record.to_torch_state_dict())
+    return before if before is not None and fits(before, got.layout.shapes) else None
+
+
+def _carry(got: Received, context: Context, withheld: Tree) -> None:
+    if kept := _kept(got, context):
+        kept.write(withheld)
+    else:
+        context.state[CARRY] = ArrayRecord(dict(withheld))
+
+
+def _number(context: Context, key: str, default: int) -> int:
+    value = context.node_config.get(key, default)
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"node config: {key} must be a whole number") from None
+
+
+def _answered(message: Message, answer: Callable[[], RecordDict]) -> Message:
+    """The answer, or an error reply with one line; the traceback goes to the device's log."""
+    try:
+        return Message(answer(), reply_to=message)
+    except Exception as error:
+        return Message(Error(RAISED, _told(error)), reply_to=message)
+
+
+def _told(error: Exception) -> str:
+    """What the server may know of an error: our own words about the task, of all else its kind and where to look it up.
+
+    What a library says, or one of our readers of files, may quote data or paths.
+    """
+    log, frames = logging.getLogger("flwr"), [frame for frame, _ in walk_tb(error.__traceback__)]
+    if isinstance(error, ValueError) and frames[-1].f_globals.get("__name__") in OPEN:
+        log.warning("task failed: %s", error)
+        log.debug("", exc_info=error)
+        return line(str(error))
+    number = token_hex(4)
+    log.error("error %s", number, exc_info=error)
+    return f"{type(error).__name__}, error {number} in the device's log"

@@ -23,8 +23,13 @@ __all__ = ["Codec", "Layout", "Refused", "Values", "digest"]
 
 _TASK = Struct("<QQQd")  # client, version, seed, density
 _UPDATE = Struct("<QQd")  # client, version, weight
-_WORK = get_type_hints(Work)
+_WORK, _USUAL = get_type_hints(Work), vars(Work())
 _LONGEST = 1 << 16  # bytes of JSON
+
+# What no training comes to, and a sum over many clients can bear.
+LIGHTEST, HEAVIEST = 1e-6, 1e15  # weights: numbers of samples
+FARTHEST = 1e6  # that a weight moves in a task
+LOUDEST = 1e20  # signal
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Codec:
             TASK,
             layout,
             [_pack(_TASK, task.client, task.version, task.seed, task.density)],
-            [_json(vars(task.work))],
+            [_json({k: v for k, v in vars(task.work).items() if v != _USUAL[k]})],
             [name_mask(task.mask) if known else encode_mask(task.mask, layout)],
             values,
         )
@@ -129,25 +134,29 @@ class Codec:
         return data, withheld
 
     def decode_update(self, data: bytes, task: Task, layout: Layout) -> Update:
-        """The answer to `task`; Refused when it is none, or no weight, metric, delta or signal to work with."""
+        """The answer to `task`; Refused when it is none, or no weight, metric, delta or signal to work with.
+
+        Besides NaN and Inf that is what no training comes to; a wrong answer within these bounds is the merge's matter.
+        """
         fields, metrics, mask_bytes, values, report = unseal(data, UPDATE, layout, 5)
         client, version, weight = _unpack(_UPDATE, fields)
         if (client, version) != (task.client, task.version):
             raise Refused(f"client {client}, version {version}, not {task.client}, {task.version} as asked")
-        if not 0 < weight < float("inf"):
-            raise Refused(f"weight {weight:g} is not finite and positive")
+        if not LIGHTEST <= weight <= HEAVIEST:
+            raise Refused(f"weight {weight:g} is not within {LIGHTEST:g} and {HEAVIEST:g}")
         scores = _object(metrics, "metrics")
         for k, v in scores.items():
             if type(v) is not float or not isfinite(v) or not k.isprintable():
                 raise Refused(f"metrics: {k!a:.40} is no finite number")
         mask = decode_mask(mask_bytes, layout) if len(mask_bytes.data) else task.mask
         names, sizes = list(layout.shapes), layout.sizes(mask)
-        delta, signal = open_values(values, names, sizes), None
+        delta, signal = open_values(values, names, sizes, limit=FARTHEST), None
         if len(report.data):
             present = decode_set(report, len(names))
             if present is None:
                 raise Refused("signal: no entries")
-            signal = open_values(report, *_reported(present.tolist(), layout, sizes, task.work), "signal ")
+            reported = _reported(present.tolist(), layout, sizes, task.work)
+            signal = open_values(report, *reported, "signal ", LOUDEST)
         return Update(client, version, delta, mask, weight, scores, signal)
 
 
@@ -200,13 +209,14 @@ def _object(section: Reader, what: str) -> dict[str, Any]:
 
 
 def _work(section: Reader) -> Work:
+    """What is not said is as usual."""
     values = _object(section, "work")
-    if odd := values.keys() ^ _WORK.keys():
-        raise Refused(f"work: {min(odd)!a:.40} is in only one of message and Work")
-    for k, kind in _WORK.items():
-        v = values[k]
+    if odd := values.keys() - _WORK.keys():
+        raise Refused(f"work: {min(odd)!a:.40} is unknown")
+    for k, v in values.items():
+        kind = _WORK[k]
         if type(v) is int and kind is float:
             v = values[k] = float(v) if abs(v) < 2**53 else v
-        if not (v in get_args(kind) or (type(v) is kind and abs(v) < 2**53)):
+        if not (v in get_args(kind) or (type(v) is kind and (isfinite(v) if kind is float else abs(v) < 2**53))):
             raise Refused(f"work: {k} is {v!a:.40}")
     return Work(**values)

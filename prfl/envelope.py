@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from math import frexp, isfinite
+from math import frexp, inf
 from struct import Struct
 from typing import Literal, get_args
 from zlib import crc32
@@ -24,6 +24,7 @@ _MAGIC, _FORMAT = b"prfl", 1
 _HEAD = Struct("<4sBBxx8s")  # magic, format, kind, the layout's checksum; the lengths of the sections follow
 _CRC = Struct("<I")
 _TYPES = (torch.float32, torch.float16, torch.int8)  # in the order of Values
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def seal(kind: int, layout: Layout, *sections: Sequence[Part]) -> bytes:
@@ -73,13 +74,17 @@ def seal_values(values: Values, tensors: Iterable[Tensor], seed: Sequence[int]) 
     return [code, np.array([s for s, _ in pairs], np.float32).data, *(c.numpy().data for _, c in pairs)]
 
 
-def open_values(section: Reader, names: Sequence[str], sizes: Sequence[int], what: str = "") -> dict[str, Tensor]:
-    """1-D float32 by name; Refused when the length is not that of `sizes`, or a value is not finite."""
+def open_values(
+    section: Reader, names: Sequence[str], sizes: Sequence[int], what: str = "", limit: float = _LARGEST
+) -> dict[str, Tensor]:
+    """1-D float32 by name; Refused when the length is not that of `sizes`, or a value is not finite or past `limit`."""
     out, flat = _read(section, names, sizes)
-    if not isfinite(flat.sum().item()):  # a finite sum has finite terms and is 40 times as fast as looking at each
+    if not flat.dot(flat).item() <= limit * limit:  # much faster than to look at each; it fails for NaN and Inf
         for k, values in out.items():
-            if not bool(values.isfinite().all()):
-                raise Refused(f"{'NaN' if bool(values.isnan().any()) else 'Inf'} in {what}{k}")
+            top = _largest(values.nan_to_num(inf, inf, -inf))
+            if top > limit:
+                word = "NaN" if bool(values.isnan().any()) else "Inf"
+                raise Refused(f"{word} in {what}{k}" if top == inf else f"{top:g} in {what}{k}, more than {limit:g}")
     return out
 
 

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from pydantic import TypeAdapter
 
 from prfl.config import Experiment, plain
-from prfl.types import Group
+from prfl.types import Architecture
 
-NAME = "prfl"
+Scalar = int | float | str | bool | bytes
+NAME, CONFIG = "prfl", "config"
+LABEL = ("uint8", "prfl.raw")  # type and encoding that the array says it has
+LONGEST = 200  # characters of a reason
 DIED, RAISED = 0, 2  # Flower's codes of error replies: the client's process ended; the client raised an exception
 
 
-def pack(data: bytes, **config: int | float | str | bool | bytes) -> RecordDict:
+def pack(data: bytes, config: Mapping[str, Scalar] | None = None) -> RecordDict:
     """An encoded message, with scalars beside it."""
-    raw = Array(dtype="uint8", shape=(len(data),), stype="prfl.raw", data=data)
-    return RecordDict({NAME: ArrayRecord({NAME: raw}), "config": ConfigRecord(dict(config))})
+    raw = Array(LABEL[0], (len(data),), LABEL[1], data)
+    return RecordDict({NAME: ArrayRecord({NAME: raw}), CONFIG: ConfigRecord(dict(config or {}))})
 
 
 def unpack(record: RecordDict) -> tuple[bytes, ConfigRecord]:
     """What `pack` put in. Raises ValueError on any other content."""
-    try:
-        return record.array_records[NAME][NAME].data, record.config_records["config"]
-    except KeyError:
-        raise ValueError("the message is none of prfl's") from None
+    if isinstance(record, RecordDict) and len(record) == 2:  # Flower looks into nothing that comes from a network
+        arrays, config = record.get(NAME), record.get(CONFIG)
+        raw = arrays.get(NAME) if isinstance(arrays, ArrayRecord) and len(arrays) == 1 else None
+        if isinstance(config, ConfigRecord) and isinstance(raw, Array) and (raw.dtype, raw.stype) == LABEL:
+            data: object = raw.data
+            if isinstance(data, bytes):
+                return data, config
+    raise ValueError("the message is none of prfl's")
 
 
 def reason(reply: Message) -> str:
     """Why an error reply brings nothing, in one line."""
-    lines = str(reply.error.reason or "").split("\n")
-    return lines[0].strip() or f"Flower error {reply.error.code}"
+    return line(str(reply.error.reason or "")) or f"Flower error {reply.error.code}"
+
+
+def line(text: str) -> str:
+    """The first line of what somebody else wrote, of printable characters, and not long."""
+    first = text[: 4 * LONGEST].strip().split("\n")[0][:LONGEST]
+    return "".join(c if c.isprintable() else " " for c in first).strip()
 
 
 def experiment_out(experiment: Experiment) -> str:
@@ -45,15 +58,15 @@ def experiment_in(text: str) -> Experiment:
     return Experiment.model_validate(json.loads(text))
 
 
-def groups_out(groups: tuple[Group, ...]) -> str:
-    """Channel groups as JSON, for a device that can not find them itself."""
-    return _GROUPS.dump_json(groups).decode()
+def architecture_out(architecture: Architecture) -> str:
+    """Channel groups and multiply-adds as JSON, for a device that can not find them itself."""
+    return _ARCHITECTURE.dump_json(architecture).decode()
 
 
 @lru_cache(maxsize=4)
-def groups_in(text: str) -> tuple[Group, ...]:
-    """Back from `groups_out`. Raises ValueError."""
-    return _GROUPS.validate_json(text)
+def architecture_in(text: str) -> Architecture:
+    """Back from `architecture_out`. Raises ValueError."""
+    return _ARCHITECTURE.validate_json(text)
 
 
-_GROUPS = TypeAdapter(tuple[Group, ...])
+_ARCHITECTURE = TypeAdapter(Architecture)

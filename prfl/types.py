@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, floor, inf
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -35,6 +36,13 @@ class Group:
     size: int
     members: tuple[Member, ...]
 
+    @property
+    def scale(self) -> str | None:
+        """The entry that is the scale of a BatchNorm over these channels, one value each; None where there is none."""
+        entries = {m.entry for m in self.members}
+        norms = (k.removesuffix("running_mean") for k in sorted(entries) if k.endswith("running_mean"))
+        return next((f"{norm}weight" for norm in norms if f"{norm}weight" in entries), None)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -53,6 +61,7 @@ class Work:
 
     epochs: int = 1
     steps: int = 0  # local mini-batch steps; 0: whole epochs
+    patience: int = 0  # epochs in a row without a smaller mean loss after which training stops; 0: never
     batch: int = 20
     lr: float = 0.1
     momentum: float = 0.0
@@ -63,10 +72,23 @@ class Work:
     absent: Literal["train", "zero"] = "train"  # zero: logits of classes the client lacks are 0 (HeteroFL)
     scaler: bool = False  # divide activations by the client's width in training (HeteroFL)
     statistics: Literal["share", "static"] = "share"  # BatchNorm: trained like weights, or batch statistics only
+    labels: bool = False  # tell how many samples of which class one has
     report: Literal["", "gradient", "gradient2", "change"] = ""  # the statistic to send back
     window: Literal["last", "all"] = "all"  # over the last mini-batch, or over all of them
     scope: Literal["kept", "all"] = "kept"  # of the kept weights, or dense at masked weights
     normalise: bool = False  # the report scaled to [0, 1] over the whole model
+    rungs: int = 0  # a step trains one of the widths 1/rungs, 2/rungs, ... up to the mask's, drawn anew (FjORD)
+    distil: bool = False  # and the mask's own width with it, which the drawn one learns from
+    regrow: float = 0.0  # share of a layer's kept weights that gives way to others (FedDST)
+    regrow_at: float = 0.5  # when so much of the training is done
+    prune: float = 0.0  # share of a layer's kept weights that a client may give up for good (Sub-FedAvg)
+    prune_to: float = 0.7  # least density
+    prune_apart: float = 1e-4  # least distance of the masks that the first and the last pass lead to
+    prune_channels: float = 0.0  # share of a group's kept channels, by BatchNorm's scale
+    channels_to: float = 0.5  # least share of a group's channels
+    channels_apart: float = 0.01  # least distance, as above
+    prune_accuracy: float = 0.5  # least accuracy of the pruned model
+    holdout: float = 0.0  # on this share of the client's samples, which it does not train on
 
 
 @dataclass(frozen=True)
@@ -104,8 +126,33 @@ GIVEN_UP = "given up"
 
 
 @dataclass(frozen=True)
+class Shortage:
+    """A device has no memory for a task: bytes that it needs, and those that it has. As text, an arrival's reason."""
+
+    needed: float
+    available: float
+
+    def __str__(self) -> str:
+        return f"memory: needs {ceil(self.needed / 1e5) / 10:.1f} MB of {floor(self.available / 1e5) / 10:.1f} MB"
+
+    @staticmethod
+    def read(reason: str) -> Shortage | None:
+        """What the reason says, to 0.1 MB on the safe side; None when it is another one."""
+        found = _SHORTAGE.match(reason)
+        needed, available = (1e6 * float(x) for x in found.groups()) if found else (0.0, 0.0)
+        return Shortage(needed, available) if needed > available else None
+
+
+_SHORTAGE = re.compile(r"memory: needs ([0-9]{1,12}\.[0-9]) MB of ([0-9]{1,12}\.[0-9]) MB")
+
+
+@dataclass(frozen=True)
 class Arrival:
-    """How a task ended, in seconds and bytes; `update` is None when it failed, was refused, or came late or stale."""
+    """How a task ended, in seconds and bytes; `update` is None when it failed, was refused, or came late or stale.
+
+    busy, radio: seconds of computing, and of sending and receiving, where they are known. value: what the update was
+    worth, where the method has a valuation; the server's own word.
+    """
 
     task: Task
     sent: float
@@ -114,6 +161,9 @@ class Arrival:
     bytes_up: int
     update: Update | None
     reason: str = ""
+    busy: float | None = None
+    radio: float | None = None
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +182,7 @@ class State:
     validation: Mapping[str, float] = field(default_factory=dict)  # the latest scores on the validation split
     seed: int = 0
     sent: int = 0  # tasks sent so far: with the seed, the source of every draw
+    limits: Mapping[int, float] = field(default_factory=dict)  # largest density a client has memory for; 0: for none
 
 
 class Density(Protocol):
@@ -161,6 +212,26 @@ class Merge(Protocol):
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, Any]: ...
 
 
+Scorer = Callable[[Tree], Mapping[str, float]]
+"""Scores of any parameters on the validation split: what may steer a method."""
+
+Worth = Callable[[Sequence[Arrival]], Mapping[str, float]]
+"""Scores of what these arrivals alone would be merged into."""
+
+
+class Valuation(Protocol):
+    """What each update was worth: a number an arrival, in their order; all of them brought an update.
+
+    `judged`: it asks for the worth of coalitions, hence for a scorer on the server.
+    """
+
+    @property
+    def judged(self) -> bool: ...
+    def __call__(
+        self, state: State, arrivals: Sequence[Arrival], worth: Worth, rng: np.random.Generator
+    ) -> Sequence[float]: ...
+
+
 class Selector(Protocol):
     """Who is asked: at most `free` of the `idle` clients."""
 
@@ -184,7 +255,10 @@ class Transport(Protocol):
     def send(self, task: Task) -> None: ...
 
     def wait(self, until: float = inf) -> Arrival | None:
-        """The next arrival, or None when none came until then (or none can come)."""
+        """The next arrival; None when none came until then, or can come, or when somebody new can be asked."""
 
     def forget(self) -> None:
         """Await no task under way any more; its device stays busy until it answers, and that arrives as GIVEN_UP."""
+
+    def retire(self, client: int) -> None:
+        """The client is idle no more, whenever it comes back: it is not to be asked again."""

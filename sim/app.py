@@ -13,8 +13,8 @@ from prfl import config, groups, models, store
 from prfl.codec import Codec, Layout
 from prfl.config import Experiment
 from prfl.problem import Problem
-from prfl.records import DIED, experiment_out, groups_out, pack, reason, unpack
-from prfl.types import Task, Update
+from prfl.records import DIED, architecture_out, experiment_out, pack, reason, unpack
+from prfl.types import Architecture, Task, Update
 from sim import experiments
 from sim.pools import Pool
 from sim.run import simulate
@@ -52,7 +52,7 @@ def nodes(grid: Grid, experiment: Experiment, data_dir: str = "") -> Pool:
             "experiment": experiment_out(experiment),
             "codec": "{}",
             "data-dir": str(Path(data_dir).absolute()) if data_dir else "",
-            "groups": groups_out(found),
+            "architecture": architecture_out(Architecture(found)),  # no costs: a node's memory limits nothing
             "threads": 1,  # results are the same to the bit only with the same number
         }
         return GridWorkers(grid, Layout.of(models.values(given.model), found), beside)
@@ -108,7 +108,7 @@ class GridWorkers:
         idle = sorted(set(self._grid.get_node_ids()) - at_work)
         for node, job in zip(idle, [next(iter(self._queue))] * 2 if self._alone else list(self._queue), strict=False):
             task = self._queue[job]
-            content = pack(self._codec.encode_task(task, self._layout), client=task.client, **self._beside)
+            content = pack(self._codec.encode_task(task, self._layout), {**self._beside, "client": task.client})
             message = Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=str(task.version))
             asked = next(iter(self._grid.push_messages([message])), None)
             if asked:

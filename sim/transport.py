@@ -32,6 +32,8 @@ class _Job:
     late: bool = False
     update: Update | None = None
     bytes_up: int = 0
+    busy: float = 0.0
+    radio: float = 0.0
 
 
 class VirtualTransport:
@@ -64,11 +66,13 @@ class VirtualTransport:
         self._jobs: dict[int, _Job] = {}
         self._at_work: dict[int, int] = {}  # client -> job
         self._off_work = list(range(len(fleet)))  # the other clients, ascending
+        self._retired: set[int] = set()  # nor are these
         self._come_and_go = any(device.availability for device in fleet)
         self._awaited = 0
         self._holds: WeakValueDictionary[int, Mask] = WeakValueDictionary()  # the mask each client received last
         self._carry: dict[int, Tree] = {}  # error feedback of lossy codecs, as every client keeps it
-        self._flops: WeakKeyDictionary[Mask, dict[bool, dict[str, float]]] = WeakKeyDictionary()
+        self._flops: WeakKeyDictionary[Mask, dict[tuple[bool, int, bool], dict[str, float]]] = WeakKeyDictionary()
+        self._bytes: WeakKeyDictionary[Mask, dict[Work, float]] = WeakKeyDictionary()
 
     def now(self) -> float:
         return self._clock
@@ -90,11 +94,14 @@ class VirtualTransport:
         else:
             self._holds[task.client] = task.mask
         received = self._network.down(self._clock, device, parts, task.seed)
-        at = received + device.startup + device.seconds(self._work(task)) * luck.slowdown
-        failure = "device failed" if luck.failed else ""
+        at = received + device.startup
+        failure = "device failed" if luck.failed else self._refusal(task, device)
+        if luck.failed or not failure:
+            at += device.seconds(*self._work(task)) * luck.slowdown
         if not self._codec.lossless:
             task = self._rounded(task)
-        self._jobs[job] = _Job(task, self._clock, sum(size for _, size in parts), failure)
+        size, radio = sum(size for _, size in parts), received - self._clock
+        self._jobs[job] = _Job(task, self._clock, size, failure, busy=at - received, radio=radio)
         self._at_work[task.client] = job
         del self._off_work[bisect_left(self._off_work, task.client)]
         self._awaited += 1
@@ -113,7 +120,7 @@ class VirtualTransport:
             self._free(number)
             self._awaited -= not job.late
             update, reason = (None, GIVEN_UP) if job.late else (job.update, job.failure)
-            return Arrival(job.task, job.sent, at, job.bytes_down, job.bytes_up, update, reason)
+            return Arrival(job.task, job.sent, at, job.bytes_down, job.bytes_up, update, reason, job.busy, job.radio)
         self._clock = max(self._clock, until if until != inf else self._back())
         return None
 
@@ -124,6 +131,12 @@ class VirtualTransport:
                 self._workers.discard(number)
         self._awaited = 0
 
+    def retire(self, client: int) -> None:
+        self._retired.add(client)
+        at = bisect_left(self._off_work, client)
+        if self._off_work[at : at + 1] == [client]:
+            del self._off_work[at]
+
     def _rounded(self, task: Task) -> Task:
         """The task with the kept parameters as a lossy codec delivers them."""
         got = self._codec.decode_task(self._codec.encode_task(task, self._layout), self._layout).params
@@ -131,8 +144,10 @@ class VirtualTransport:
         return replace(task, params=kept)
 
     def _train(self, number: int, job: _Job) -> None:
-        client, job.bytes_up = job.task.client, job.bytes_down
-        if not job.late:
+        client = job.task.client
+        if job.late:
+            job.bytes_up = job.bytes_down
+        elif job.update is None:
             try:
                 update = self._workers.result(number)
                 data, carry = self._codec.encode_update(update, job.task, self._layout, carry=self._carry.get(client))
@@ -140,16 +155,35 @@ class VirtualTransport:
                     self._carry[client] = carry
                 job.bytes_up = len(data)
                 job.update = self._codec.decode_update(data, job.task, self._layout)
+                self._holds[client] = job.update.mask  # the task's, or what the client made of it
             except (Failed, Refused) as reason:
                 job.failure, job.bytes_up = str(reason), 0
                 self._push(self._clock, "arrived", number)
                 return
-        self._push(self._network.up(self._clock, self._fleet[client], job.bytes_up, job.task.seed), "arrived", number)
+            if more := self._longer(job.task, update):
+                job.busy += more
+                self._push(self._clock + more, "trained", number)
+                return
+        at = self._network.up(self._clock, self._fleet[client], job.bytes_up, job.task.seed)
+        job.radio += at - self._clock
+        self._push(at, "arrived", number)
+
+    def _longer(self, task: Task, update: Update) -> float:
+        """Seconds that a task with patience took beyond the least, which has passed: how long, only its end tells."""
+        if not task.work.patience:
+            return 0.0
+        (flops, steps), device = self._work(task), self._fleet[task.client]
+        ratio = update.metrics["steps"] / steps
+        longer = device.seconds({kind: ratio * f for kind, f in flops.items()}, ratio * steps) - device.seconds(
+            flops, steps
+        )
+        return max(0.0, longer) * draw(device, task.seed).slowdown
 
     def _free(self, number: int) -> None:
         client = self._jobs.pop(number).task.client
         del self._at_work[client]
-        insort(self._off_work, client)
+        if client not in self._retired:
+            insort(self._off_work, client)
 
     def _push(self, at: float, what: str, job: int) -> None:
         heapq.heappush(self._heap, (at, next(self._ids), what, job))
@@ -158,17 +192,29 @@ class VirtualTransport:
         """When the next absent device is there again, if none is there now."""
         if self._heap or self.idle():
             return self._clock
-        return min((d.available(self._clock) for d in self._fleet if d.availability), default=self._clock)
+        away = [self._fleet[c] for c in self._off_work] if self._come_and_go else []
+        return min((d.available(self._clock) for d in away), default=self._clock)
 
-    def _work(self, task: Task) -> dict[str, float]:
-        """FLOPs of a task by layer kind: training steps of the model as masked on this device."""
+    def _refusal(self, task: Task, device: Device) -> str:
+        """Why the device has no memory for the task, if so: the answer of the ClientApp, from the same formula."""
+        known = self._bytes.setdefault(task.mask, {})
+        if task.work not in known:
+            known[task.work] = cost.footprint(
+                task.params, task.mask, self._architecture, task.work, lossy=not self._codec.lossless
+            )
+        return cost.refusal(cost.FRAMEWORK + known[task.work], device.memory)
+
+    def _work(self, task: Task) -> tuple[dict[str, float], int]:
+        """FLOPs of a task by layer kind, of the model as masked on this device, and its mini-batches."""
         sparse, work, size = self._fleet[task.client].sparse, task.work, self._samples[task.client]
-        known = self._flops.setdefault(task.mask, {})
-        if sparse not in known:
-            forward = cost.flops_by_kind(task.params, task.mask, self._architecture, sparse=sparse)
-            known[sparse] = {kind: cost.TRAINING * flops for kind, flops in forward.items() if flops}
-        seen = work.steps * min(work.batch, size) if work.steps else work.epochs * size
-        return {kind: flops * seen for kind, flops in known[sparse].items()}
+        known, key = self._flops.setdefault(task.mask, {}), (sparse, work.rungs, work.distil)
+        if key not in known:
+            forward = cost.step(task, self._architecture, sparse=sparse)
+            known[key] = {kind: cost.TRAINING * flops for kind, flops in forward.items() if flops}
+        epochs = min(work.epochs, work.patience + 1) if work.patience else work.epochs  # at least; see `_longer`
+        seen = work.steps * min(work.batch, size) if work.steps else epochs * size
+        steps = work.steps or epochs * -(-size // work.batch)
+        return {kind: flops * seen for kind, flops in known[key].items()}, steps
 
 
 class Downlink:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from prfl import config as configs
 from prfl.codec import Codec, Layout
 from prfl.config import Experiment
 from prfl.masks import DENSE
-from prfl.records import experiment_out, groups_out
+from prfl.records import architecture_out, experiment_out
 from prfl.types import Architecture, Selector, State, Task, Tree, Work
+from strategies import limits
 from strategies import selector as selectors
 from strategies.grid import GridTransport, Sent
 from strategies.method import Method
@@ -29,9 +31,9 @@ class PruningStrategy(Strategy):
     """`PruningStrategy(pr_fl(), buffered(in_flight=10, goal=5)).start(grid, initial_arrays, num_rounds)`.
 
     A round is a version: one merge. The clients run `clients.app`, which builds model and data from `experiment`;
-    `architecture` is needed where masks are channels. `min_clients` have to be there before the first task.
-    Every `evaluate_every` versions (0: never) all idle clients score the global model on their own data.
-    What `evaluate_fn` returns counts as validation scores: PR-FL gives capacity back by its "accuracy".
+    `architecture` is needed where masks are channels, and where devices have limits. `min_clients` have to be there
+    before the first task. Every `evaluate_every` versions (0: never) all idle clients score the global model on their
+    own data. What `evaluate_fn` returns counts as validation scores: PR-FL gives capacity back by its "accuracy".
     `state` is the last merged state.
     """
 
@@ -127,7 +129,9 @@ class PruningStrategy(Strategy):
         self._arrays = arrays
         draw = np.random.default_rng((state.seed, 1, state.sent))
         messages = []
-        for client in self.selector.ask(state, self._transport.idle(), self.pacing.in_flight, draw):
+        here = self._transport.idle()
+        idle = method.among(state, here, 0) if method.among else here
+        for client in self.selector.ask(state, idle, self.pacing.in_flight, draw):
             task = method.assign(self.state, client, np.random.default_rng((state.seed, 0, self.state.sent)))
             self.state = replace(self.state, sent=self.state.sent + 1)
             messages.append(self._transport.message(task))
@@ -144,6 +148,10 @@ class PruningStrategy(Strategy):
         told = [self._transport.arrival(self._asked[node], came[node]) for node in came if node in self._asked]
         arrivals = sorted(told, key=lambda a: a.task.client)
         self._asked.clear()
+        for arrival in arrivals:
+            self.state, _ = limits.heeded(self.state, arrival)
+            if self.state.limits.get(arrival.task.client) == 0:
+                self._transport.retire(arrival.task.client)
         updates = [a.update for a in arrivals if a.update is not None]
         if not updates:
             return None, None
@@ -172,7 +180,7 @@ class PruningStrategy(Strategy):
         if not told:
             return None
         sizes = np.array([m["num-examples"] for m in told], dtype=float)
-        shared = [k for k in told[0] if k != "num-examples" and all(isinstance(m.get(k), float) for m in told)]
+        shared = [k for k in told[0] if k != "num-examples" and all(_finite(m.get(k)) for m in told)]
         means = {k: float(np.average([m[k] for m in told], weights=sizes)) for k in shared}
         return MetricRecord({"num-examples": int(sizes.sum()), **means})
 
@@ -191,7 +199,7 @@ class PruningStrategy(Strategy):
         beside = {
             "experiment": experiment_out(self.experiment),
             "codec": json.dumps(asdict(self.codec)),
-            "groups": groups_out(self.architecture.groups),
+            "architecture": architecture_out(self.architecture),
         }
         params = _tree(arrays)
         layout = Layout.of(params, self.architecture.groups)
@@ -226,4 +234,8 @@ def _scored(reply: Message) -> bool:
     if not reply.has_content():
         return False
     size = reply.content.metric_records.get("metrics", MetricRecord()).get("num-examples", 0)
-    return isinstance(size, (int, float)) and 0 < size < float("inf")
+    return isinstance(size, (int, float)) and 0 < size < 2**53
+
+
+def _finite(score: object) -> bool:
+    return isinstance(score, float) and isfinite(score)

@@ -8,10 +8,10 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from prfl import merge, saliency, signals
+from prfl import merge, saliency, signals, valuation
 from prfl.cut import Cut, Ranking
 from prfl.density import constant
-from prfl.types import Architecture, Arrival, Density, Merge, Saliency, State, Task, Tree, Work
+from prfl.types import Architecture, Arrival, Density, Merge, Saliency, Scorer, State, Task, Tree, Valuation, Work
 
 Plan = Callable[[int], Work]
 """What clients do, by version."""
@@ -60,6 +60,11 @@ class never:
         return state
 
 
+def unchanged(state: State, task: Task) -> Task:
+    """The task as it is."""
+    return task
+
+
 def phases(*steps: tuple[float, Work]) -> Plan:
     """Work by version: `phases((100, Work(lr=0.1)), (inf, Work(lr=0.01)))`."""
     return lambda version: next(work for end, work in steps if version < end)
@@ -67,7 +72,12 @@ def phases(*steps: tuple[float, Work]) -> Plan:
 
 @dataclass(frozen=True)
 class Method:
-    """The parts of a method. `costs`: what one kept weight of each entry costs, by architecture; divides scores."""
+    """The parts of a method. `costs`: what one kept weight of each entry costs, by architecture; divides scores.
+
+    scorer: what scores models on the server, for the valuations that ask for it; a run brings its own.
+    among: who of the idle may be asked (None: all), with so many others at work or waiting to be merged; somebody while
+    there are none. amend: the last word on a task.
+    """
 
     density: Density = field(default_factory=constant)
     saliency: Saliency = field(default_factory=saliency.magnitude)
@@ -76,6 +86,10 @@ class Method:
     work: Work | Plan = field(default_factory=Work)
     remask: Remask = field(default_factory=rerank)
     costs: Callable[[Architecture], Mapping[str, float]] | None = None
+    valuation: Valuation = field(default_factory=valuation.none)
+    scorer: Scorer | None = None
+    among: Callable[[State, Sequence[int], int], Sequence[int]] | None = None
+    amend: Callable[[State, Task], Task] = unchanged
 
     def init(
         self,
@@ -91,22 +105,38 @@ class Method:
         return State(0, params, rank, architecture, classes or {}, None, *memories, seed=seed)
 
     def assign(self, state: State, client: int, rng: np.random.Generator) -> Task:
-        """A task at the client's density; its seed is drawn from `rng`."""
-        share = self.density.ask(state, client, rng)
+        """A task at the client's density, or its limit; the task's seed is drawn from `rng`."""
+        share = min(self.density.ask(state, client, rng), state.limits.get(client, 1.0))
         work = self.work if isinstance(self.work, Work) else self.work(state.version)
         if self.saliency.needs and self.remask.listens(state.version):
             work = replace(work, report=cast(Any, self.saliency.needs))
         seed = int(rng.integers(2**63))
-        return Task(client, state.version, state.params, state.rank.mask(share), work, seed, share)
+        task = Task(client, state.version, state.params, state.rank.mask(share), work, seed, share)
+        return self.amend(state, task)
 
     def step(self, state: State, arrivals: Sequence[Arrival]) -> State:
         """The next version from all arrivals since the last one, the failed among them."""
+        arrivals = self.valued(state, arrivals)
         came = [a for a in arrivals if a.update is not None]
         params, memory = self.merge(state, came)
         signal = signals.observe(state.signal, state.params, came)
         learned = self.density.tell(state, arrivals)
         state = replace(state, version=state.version + 1, params=params, merge=memory, signal=signal, density=learned)
         return self.remask(self, state, came)
+
+    def valued(self, state: State, arrivals: Sequence[Arrival]) -> Sequence[Arrival]:
+        """The arrivals with what each update was worth. ValueError: a scorer is needed, and there is none."""
+        scorer = self.scorer
+        if self.valuation.judged and scorer is None:
+            name = type(self.valuation).__name__
+            raise ValueError(f"valuation: {name} needs scores of models on the server: the method has no scorer")
+
+        def worth(some: Sequence[Arrival]) -> Mapping[str, float]:
+            assert scorer is not None
+            return scorer(self.merge(state, some)[0] if some else state.params)
+
+        draws = np.random.default_rng((state.seed, 2, state.version))
+        return valuation.valued(self.valuation, state, arrivals, worth, draws)
 
     def ranking(self, scores: Tree, params: Tree, architecture: Architecture) -> Ranking:
         """Scores as the ranking that masks are cut from."""

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from prfl import masks
 from prfl.types import GIVEN_UP, Arrival, Selector, State, Transport
+from strategies import limits
 from strategies import selector as selectors
 from strategies.method import Method
 from strategies.pacing import Pacing
@@ -56,13 +58,16 @@ def serve(
     chosen = selector or selectors.random()
     if state.selector is None:
         state = replace(state, selector=chosen.init())
+    for client in _without(state):
+        transport.retire(client)
     state = _evaluated(state, evaluate, transport.now(), log)
     arrivals: list[Arrival] = []  # since the last merge; the failed and the too stale without their update
     opened, ready, failures = transport.now(), 0, 0
     while not stop(state, transport.now()):
         free = pacing.in_flight - transport.busy()
         if free >= pacing.refill or not transport.busy():
-            state = _send(method, transport, state, chosen, free, log)
+            waiting = {a.task.client for a in arrivals if a.update is not None}
+            state = _send(method, transport, state, chosen, free, waiting, log)
         arrival = transport.wait(opened + pacing.deadline)
         if arrival is not None and arrival.reason == GIVEN_UP:
             log(_arrived(arrival, state.version))
@@ -70,33 +75,64 @@ def serve(
         if arrival is not None:
             if arrival.update is not None and state.version - arrival.task.version > pacing.max_staleness:
                 arrival = replace(arrival, update=None, reason="too stale")
+            known = state.limits
+            state, arrival = limits.heeded(state, arrival)
+            if state.limits.get(arrival.task.client) == 0:
+                transport.retire(arrival.task.client)
             arrivals.append(arrival)
             ready += arrival.update is not None
-            failures = failures + 1 if arrival.update is None else 0
+            if arrival.update is not None:
+                failures = 0
+            elif state.limits is known:  # what teaches a limit is no failure: it ends by itself
+                failures += 1
             log(_arrived(arrival, state.version))
-        elif not transport.busy() and not transport.idle() and not ready and pacing.deadline == inf:
+        elif not ready and _deserted(transport, state, pacing):
             raise Stalled(f"nobody left to ask at {transport.now():.1f} s, version {state.version}")
         if arrival is not None and failures > FAILURES * pacing.in_flight:
             raise Stalled(f"the last {failures} tasks failed, version {state.version}; the last one: {arrival.reason}")
-        if ready and (arrival is None or ready >= pacing.goal or not transport.busy()):
+        over = arrival is None and transport.now() >= opened + pacing.deadline
+        if ready and (over or ready >= pacing.goal or not transport.busy()):
             state = replace(state, selector=chosen.tell(state, arrivals))
+            held = [a.update.mask for a in arrivals if a.update is not None]
+            cover = {"coverage": masks.covered(held, state.params), "covering": masks.covering(held, state.params)}
             state = method.step(state, arrivals)
-            log({"kind": "merge", "at": transport.now(), "version": state.version, "updates": ready})
+            event = {"kind": "merge", "at": transport.now(), "version": state.version, "updates": ready}
+            log(event | cover)
             arrivals, ready, opened = [], 0, transport.now()
             state = _evaluated(state, evaluate, opened, log)
             keep(state)
             if pacing.drop_late:
                 transport.forget()
-        elif arrival is None:
+        elif over:
             opened = transport.now()
     return state
 
 
-def _send(method: Method, transport: Transport, state: State, selector: Selector, free: int, log: Log) -> State:
+def _deserted(transport: Transport, state: State, pacing: Pacing) -> bool:
+    """Whether nothing is under way and nobody can be asked, and waiting for the deadline would change nothing."""
+    if transport.busy() or transport.idle():
+        return False
+    return pacing.deadline == inf or 0 < len(state.classes) <= len(_without(state))
+
+
+def _without(state: State) -> set[int]:
+    """The clients that have no memory for any part of the model."""
+    return {client for client, limit in state.limits.items() if not limit}
+
+
+def _send(
+    method: Method, transport: Transport, state: State, selector: Selector, free: int, waiting: set[int], log: Log
+) -> State:
     idle = transport.idle()
+    if method.among:
+        idle = method.among(state, [c for c in idle if c not in waiting], transport.busy() + len(waiting))
     if not idle or free < 1:
         return state
-    for client in selector.ask(state, idle, free, np.random.default_rng((state.seed, 1, state.sent))):
+    rng = np.random.default_rng((state.seed, 1, state.sent))
+    asked = selector.ask(state, idle, free, rng)
+    if not asked and not transport.busy():  # who waits for nothing would wait for ever
+        asked = selectors.random().ask(state, idle, free, rng)
+    for client in asked:
         task = method.assign(state, client, np.random.default_rng((state.seed, 0, state.sent)))
         state = replace(state, sent=state.sent + 1)
         log({"kind": "send", "at": transport.now(), "client": client, "version": task.version, "density": task.density})
@@ -129,4 +165,5 @@ def _arrived(a: Arrival, version: int) -> dict[str, Any]:
         "bytes_up": a.bytes_up,
         "used": a.update is not None,
         "reason": a.reason,
+        **{name: value for name, value in (("busy", a.busy), ("radio", a.radio)) if value is not None},
     } | ({"loss": a.update.metrics["loss"]} if a.update and "loss" in a.update.metrics else {})

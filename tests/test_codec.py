@@ -284,8 +284,9 @@ def test_every_field_of_work_travels() -> None:
     assert not any(getattr(changed, f.name) == f.default for f in fields(Work))
     back = Codec().decode_task(Codec().encode_task(task_for(DENSE, changed), LAYOUT), LAYOUT)
     assert back.work == changed
-    whole = Codec().decode_task(Codec().encode_task(task_for(DENSE, Work(lr=1)), LAYOUT), LAYOUT)
+    whole = Codec().decode_task(Codec().encode_task(task_for(DENSE, Work(lr=1, clip=1e17)), LAYOUT), LAYOUT)
     assert type(whole.work.lr) is float
+    assert whole.work.clip == 1e17
 
 
 @pytest.mark.parametrize("order", ["row", "channels last"])
@@ -423,11 +424,29 @@ def test_not_finite_is_refused_by_name(values: str, bad: float, word: str) -> No
             Codec().decode_update(data, task, LAYOUT)
 
 
-def test_large_but_finite_gets_in() -> None:
-    task = task_for(DENSE)
-    update = replace(update_for(DENSE), delta={k: torch.full((v.numel(),), 3e38) for k, v in MODEL.items()})
-    back = Codec().decode_update(Codec().encode_update(update, task, LAYOUT)[0], task, LAYOUT)
-    assert same_tree(back.delta, update.delta)
+def test_what_no_training_comes_to_is_refused() -> None:
+    task = task_for(DENSE, Work(report="gradient2"))
+    full = {k: torch.full((v.numel(),), 1.0) for k, v in MODEL.items()}
+
+    def answer(delta: float = 1.0, signal: float = 1.0) -> Update:
+        values = [{k: v * scale for k, v in full.items()} for scale in (delta, signal)]
+        update = replace(update_for(DENSE), delta=values[0], signal=values[1])
+        return Codec().decode_update(Codec().encode_update(update, task, LAYOUT)[0], task, LAYOUT)
+
+    back = answer(-1e6, 9e19)
+    assert back.signal is not None
+    assert same_tree(back.delta, {k: v * -1e6 for k, v in full.items()})
+    assert same_tree(back.signal, {k: v * 9e19 for k, v in full.items()})
+    with pytest.raises(Refused, match=r"^1e\+30 in c1.bias, more than 1e\+06$"):
+        answer(delta=-1e30)
+    with pytest.raises(Refused, match=r"^2e\+20 in signal c1.bias, more than 1e\+20$"):
+        answer(signal=2e20)
+
+
+def test_parameters_may_be_as_large_as_floats_are() -> None:
+    params = {k: torch.full(v.shape, -3e38) for k, v in MODEL.items()}
+    back = Codec().decode_task(Codec().encode_task(replace(task_for(DENSE), params=params), LAYOUT), LAYOUT)
+    assert same_tree(back.params, params)
 
 
 REFUSED_UPDATES: dict[str, tuple[Callable[[Update], Update], str]] = {
@@ -435,6 +454,8 @@ REFUSED_UPDATES: dict[str, tuple[Callable[[Update], Update], str]] = {
     "weight < 0": (lambda u: replace(u, weight=-1.0), "weight -1"),
     "weight NaN": (lambda u: replace(u, weight=math.nan), "weight nan"),
     "weight Inf": (lambda u: replace(u, weight=math.inf), "weight inf"),
+    "weight huge": (lambda u: replace(u, weight=1e300), r"weight 1e\+300 is not within 1e-06 and 1e\+15"),
+    "weight tiny": (lambda u: replace(u, weight=5e-324), "weight 4.94066e-324"),
     "metric NaN": (lambda u: replace(u, metrics={"loss": math.nan}), "metrics: 'loss'"),
     "metric Inf": (lambda u: replace(u, metrics={"loss": -math.inf}), "metrics: 'loss'"),
     "metric name": (lambda u: replace(u, metrics={"a\nb": 1.0}), "metrics"),
@@ -489,7 +510,6 @@ WORK = vars(Work())
     "content",
     [
         {**WORK, "new": 1},
-        {k: v for k, v in WORK.items() if k != "lr"},
         {**WORK, "epochs": 1.5},
         {**WORK, "epochs": True},
         {**WORK, "epochs": 10**400},

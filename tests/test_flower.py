@@ -30,13 +30,13 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.app import app
-from prfl.evaluate import evaluate
 from clients.local import Local
 from prfl import config, groups, models, problem
 from prfl.codec import Codec, Layout
 from prfl.config import Experiment
+from prfl.evaluate import evaluate
 from prfl.problem import Problem
-from prfl.records import DIED, RAISED, experiment_in, experiment_out, groups_in, groups_out, pack, unpack
+from prfl.records import DIED, RAISED, architecture_in, architecture_out, experiment_in, experiment_out, pack, unpack
 from prfl.types import GIVEN_UP, Architecture, Task, Update, Work
 from sim.app import DEATHS, GridWorkers, nodes
 from sim.pools import serial
@@ -65,7 +65,7 @@ FIELDS: dict[str, Any] = {
 }
 EXPERIMENT = Experiment.model_validate(FIELDS)
 WORK = Work(**FIELDS["work"])
-SPEC: dict[str, Any] = {"experiment": experiment_out(EXPERIMENT), "codec": "{}", "groups": "[]"}
+SPEC: dict[str, Any] = {"experiment": experiment_out(EXPERIMENT), "codec": "{}", "architecture": "{}"}
 NODE_UNAVAILABLE = 5  # Flower's code
 
 Answer = Callable[[Message], Message | None]
@@ -212,6 +212,41 @@ def test_late_joiners_are_enrolled() -> None:
     assert found.classes[1] == "pi5"
 
 
+def test_a_newcomer_gets_work_while_others_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategies.grid.LOOK", 0.01)
+    grid = Nodes(1)
+    found = transport(grid, 1)
+    grid.answers[1000] = silent
+    found.send(task(0))
+    grid.join(1)
+    assert found.wait() is None
+    assert found.idle() == [1]
+    assert found.busy() == 1
+
+
+def test_a_client_number_is_not_taken_from_a_node_that_is_here() -> None:
+    grid = Nodes(2)
+    found = transport(grid)
+    grid.join(0, node=77)
+    for _ in range(3):
+        found.idle()
+        found._pull()
+    found.send(task(0))
+    assert grid.asked[-1].metadata.dst_node_id == 1000
+
+
+def test_looks_for_answers_grow_rare_with_the_wait_and_the_clock_goes_on_after_an_interruption() -> None:
+    grid = Nodes(1)
+    found = GridTransport(grid, Codec(), layout(), SPEC, timeout=20, poll=0.001, elapsed=500.0)
+    found.enrol(1)
+    grid.answers[1000] = silent
+    found.send(task(0))
+    assert found.wait(found.now() + 0.5) is None
+    assert 500.5 < found.now() < 520
+    assert 0.001 < found.polling.longest < 0.1
+    assert 5 < found.polling.looks < 250
+
+
 def test_too_few_clients_is_said() -> None:
     with pytest.raises(TimeoutError, match=r"^2 of 3 clients came within 0.05 s$"):
         transport(Nodes(2), 3, timeout=0.05)
@@ -291,7 +326,7 @@ def test_a_node_that_says_nonsense_is_left_alone(who: dict[str, Any]) -> None:
     grid = Nodes(1)
     stranger = grid.join(1)
     genuine = grid.reply
-    grid.reply = lambda m: Message(pack(b"", **who), reply_to=m) if m.metadata.dst_node_id == stranger else genuine(m)  # type: ignore[method-assign]
+    grid.reply = lambda m: Message(pack(b"", who), reply_to=m) if m.metadata.dst_node_id == stranger else genuine(m)  # type: ignore[method-assign]
     found = transport(grid, 1)
     for _ in range(3):
         found._pull()
@@ -360,8 +395,8 @@ def test_an_answer_counts_once() -> None:
 def test_the_run_goes_on_when_for_a_while_nobody_answers() -> None:
     grid = Nodes(2)
     found = transport(grid, timeout=0.1)
-    genuine, polls = grid.reply, itertools.count()
-    grid.reply = lambda m: genuine(m) if m.metadata.message_type == "query" or next(polls) > 300 else None  # type: ignore[method-assign]
+    genuine, until = grid.reply, time.monotonic() + 0.14
+    grid.reply = lambda m: genuine(m) if m.metadata.message_type == "query" or time.monotonic() > until else None  # type: ignore[method-assign]
     m = table.method("fedavg", WORK)
     reasons: list[str] = []
     state = serve(
@@ -433,8 +468,8 @@ def test_a_client_that_the_experiment_does_not_have_is_refused() -> None:
 def test_records_come_back_as_they_went() -> None:
     experiment = EXPERIMENT.model_copy(update={"pacing": {"name": "pacing", "deadline": float("inf")}})
     assert experiment_in(experiment_out(experiment)) == experiment
-    assert groups_in(groups_out(architecture().groups)) == architecture().groups
-    data, config = unpack(pack(b"\0\1", client=3, experiment="x"))
+    assert architecture_in(architecture_out(architecture())) == architecture()
+    data, config = unpack(pack(b"\0\1", {"client": 3, "experiment": "x"}))
     assert (data, dict(config)) == (b"\0\1", {"client": 3, "experiment": "x"})
 
 

@@ -18,7 +18,7 @@ from prfl.codec import Codec, Layout
 from prfl.cut import Cut, Ranking
 from prfl.groups import architecture
 from prfl.masks import DENSE, Mask
-from prfl.types import GIVEN_UP, Arrival, State, Task, Update
+from prfl.types import GIVEN_UP, Arrival, State, Task, Update, Work
 from sim.devices import Device
 from sim.network import links, shared
 from sim.transport import VirtualTransport
@@ -26,7 +26,7 @@ from strategies.method import Method, rerank
 from strategies.pacing import sync
 from strategies.server import serve
 
-DEVICE = Device("d", {"linear": 1000.0}, 2**30, down=100.0, up=50.0, latency=0.5, startup=0.25)
+DEVICE = Device("d", {"linear": 1000.0}, 2**30, down=100.0, up=50.0, latency=0.5, startup=0.25, step=0.125)
 LEVELS = (0.2, 0.5, 1.0)
 
 
@@ -81,13 +81,21 @@ def test_the_time_of_one_task_by_hand() -> None:
     up = len(Codec().encode_update(world.run(task), task, world.layout)[0])
     assert (arrival.bytes_down, arrival.bytes_up) == (down, up)
     flops = 3 * 2 * (16 * 8 + 8 * 3) * 3 * 8  # forward and backward, multiply-adds, 3 batches of 8
-    assert arrival.at == pytest.approx(0.5 + down / 100 + 0.25 + flops / 1000 + 0.5 + up / 50)
+    assert arrival.at == pytest.approx(0.5 + down / 100 + 0.25 + 3 * 0.125 + flops / 1000 + 0.5 + up / 50)
     assert (arrival.sent, arrival.reason) == (0.0, "")
+
+
+@pytest.mark.parametrize(("work", "steps"), [({"steps": 5}, 5), ({"epochs": 2, "batch": 10}, 6), ({"batch": 30}, 1)])
+def test_a_mini_batch_takes_its_time_whatever_is_in_it(work: dict[str, Any], steps: int) -> None:
+    world = World(samples=24)
+    task = replace(task_for(world), work=Work(**work))
+    slow, fast = (one(world, task, fleet=[replace(DEVICE, step=step)]).at for step in (1.0, 0.0))
+    assert slow - fast == pytest.approx(steps)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"flops": {"linear": 500.0}}, {"down": 50.0}, {"up": 25.0}, {"latency": 1.0}, {"startup": 0.5}],
+    [{"flops": {"linear": 500.0}}, {"down": 50.0}, {"up": 25.0}, {"latency": 1.0}, {"startup": 0.5}, {"step": 0.2}],
     ids=lambda change: str(*change),
 )
 def test_a_slower_device_is_slower(change: dict[str, Any]) -> None:
@@ -167,7 +175,7 @@ def test_forgotten_tasks_are_not_awaited_and_their_devices_not_idle_before_they_
     assert transport.idle() == []  # trained, and uploading
     (late,) = received(transport)
     assert (late.update, late.reason, transport.busy(), transport.idle()) == (None, GIVEN_UP, 0, [0])
-    assert late.at == pytest.approx(usual.at, rel=0.05)
+    assert late.at == pytest.approx(usual.at, rel=0.1)
     assert len(world.tasks) == trained  # its training is saved
 
 
