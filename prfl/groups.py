@@ -22,23 +22,23 @@ def architecture(model: nn.Module, example_input: Tensor) -> Architecture:
     BatchNorm are in no group, hence never cut: a LayerNorm mixes kept and cut channels.
     """
     model = deepcopy(model).eval().requires_grad_()
-    return Architecture(_groups(model, example_input), _macs(model, example_input))
+    return Architecture(_groups(model, example_input), macs(model, example_input))
 
 
-def _macs(model: nn.Module, example: Tensor) -> dict[str, float]:
+def macs(model: nn.Module, example: Tensor) -> dict[str, float]:
     """Multiply-adds of one weight per sample; a weight whose use torch cannot count has no row."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(example)
     flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    macs = {}
+    rows = {}
     for name, module in model.named_modules():
         weights = [(_join(name, k), p) for k, p in module.named_parameters(recurse=False) if p.dim() > 1]
         if isinstance(module, nn.Embedding):
-            macs[weights[0][0]] = 0.0
+            rows[weights[0][0]] = 0.0
         elif len(weights) == 1 and not list(module.children()) and flops.get(name):
             entry, weight = weights[0]
-            macs[entry] = flops[name] / 2 / weight.numel() / len(example)
-    return macs
+            rows[entry] = flops[name] / 2 / weight.numel() / len(example)
+    return rows
 
 
 def _groups(model: nn.Module, example: Tensor) -> tuple[Group, ...]:

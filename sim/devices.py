@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
 from math import exp, inf, isfinite
 from pathlib import Path
@@ -13,6 +13,8 @@ import numpy as np
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from prfl.energy import Watts
+
 MB = 2**20
 """Bytes; the unit of PR-FL's link lists."""
 
@@ -21,28 +23,15 @@ SHIPPED = Path(__file__).with_name("devices.yaml")
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
-class Watts:
-    """Power of the whole device while it waits, computes, and sends or receives."""
-
-    idle: float
-    busy: float
-    radio: float
-
-    def __post_init__(self) -> None:
-        for name in ("idle", "busy", "radio"):
-            _check(self, name)
-
-
-@with_config(ConfigDict(extra="forbid"))
-@dataclass(frozen=True)
 class Device:
     """One device of a class. Bytes, seconds, watts; a multiply-add is two floating-point operations.
 
     `flops[kind]`: what training (forward and backward) really reaches per second in layers of this kind. `memory`: RAM.
-    `latency`: one way. `startup`: per task, before computing. `failure`: chance that a task gives no answer.
+    `latency`: one way. `startup`: per task, before computing. `step`: what a mini-batch takes besides its operations,
+    which is what remains of a very small model. `failure`: chance that a task gives no answer.
     `jitter`: sigma of a log-normal factor of median 1 on the compute time.
     `availability`: windows (from, to) within every `period` in which the device takes tasks; none: always.
-    `sparse`: kernels that skip zeros, so that weight masks save compute.
+    `sparse`: kernels that skip zeros, so that weight masks save compute. `watts`: None where nobody knows.
     """
 
     name: str
@@ -52,7 +41,8 @@ class Device:
     up: float
     latency: float = 0.0
     startup: float = 0.0
-    watts: Watts = field(default_factory=lambda: Watts(0.0, 0.0, 0.0))
+    step: float = 0.0
+    watts: Watts | None = None
     failure: float = 0.0
     jitter: float = 0.0
     availability: tuple[tuple[float, float], ...] = ()
@@ -67,7 +57,7 @@ class Device:
                 raise ValueError(f"flops of {kind} must be above 0, got {rate:g}")
         for name in ("memory", "down", "up", "period"):
             _check(self, name, above=True)
-        for name in ("latency", "startup", "jitter"):
+        for name in ("latency", "startup", "step", "jitter"):
             _check(self, name)
         _check(self, "failure", high=1)
         edges = [edge for window in self.availability for edge in window]
@@ -75,10 +65,10 @@ class Device:
         if edges and (empty or edges != sorted(edges) or edges[0] < 0 or edges[-1] > self.period):
             raise ValueError(f"availability must be ascending windows within 0 and {self.period:g}, got {edges}")
 
-    def seconds(self, flops: Mapping[str, float]) -> float:
-        """Compute time of this many operations by layer kind. Raises ValueError for a kind without a rate."""
+    def seconds(self, flops: Mapping[str, float], steps: float = 0) -> float:
+        """Compute time of this many operations by layer kind, in so many mini-batches. ValueError: no rate."""
         try:
-            return sum(amount / self.flops[kind] for kind, amount in flops.items())
+            return sum(amount / self.flops[kind] for kind, amount in flops.items()) + steps * self.step
         except KeyError as kind:
             raise ValueError(f"device {self.name}: no rate for {kind}; have {', '.join(self.flops)}") from None
 
@@ -91,10 +81,6 @@ class Device:
             if at < passed * self.period + end:
                 return max(at, passed * self.period + start)
         return (passed + 1) * self.period + self.availability[0][0]
-
-    def joules(self, busy: float, radio: float, idle: float = 0.0) -> float:
-        """Energy of so many seconds of computing, of sending and receiving, and of waiting."""
-        return busy * self.watts.busy + radio * self.watts.radio + idle * self.watts.idle
 
 
 class Draw(NamedTuple):
@@ -197,7 +183,34 @@ def pr_fl(clients: int = 0) -> tuple[Device, ...]:
     return links(down, up, clients=clients)
 
 
-TABLE: dict[str, Callable[..., tuple[Device, ...]]] = {"links": links, "pr_fl": pr_fl}
+def stale(
+    bands: tuple[int, ...] = (10, 10, 10, 5, 5, 5, 5),
+    step: int = 1,
+    shuffle: bool = False,
+    seed: int = 0,
+    compute: Mapping[str, float] | None = None,
+) -> tuple[Device, ...]:
+    """Devices that differ in a delay alone, whole seconds a task: the stale list of async-FL, as in its code.
+
+    The first `bands[0]` have none, the next `bands[1]` one from 0 to `step`, the next from there to twice that, and so
+    on, drawn with both ends. Classes are stale0, stale1, ... by band. The delay comes before computing; links take no
+    time, and neither does computing unless `compute` gives operations per second by layer kind.
+    """
+    if step < 1 or not bands or min(bands) < 0:
+        raise ValueError(f"stale needs a step of 1 or more and bands of 0 or more, got {step} and {list(bands)}")
+    rng, rates = np.random.default_rng(seed), dict.fromkeys(("conv", "linear"), inf) if compute is None else compute
+    devices = [
+        Device(f"stale{band}", rates, 2**40, INSTANT, INSTANT, startup=float(delay), source="delays given")
+        for band, size in enumerate(bands)
+        for delay in (rng.integers((band - 1) * step, band * step, size, endpoint=True) if band else [0] * size)
+    ]
+    return tuple(devices[i] for i in rng.permutation(len(devices))) if shuffle else tuple(devices)
+
+
+INSTANT = 1e15
+"""Bytes per second of a link that takes no time."""
+
+TABLE: dict[str, Callable[..., tuple[Device, ...]]] = {"links": links, "pr_fl": pr_fl, "stale": stale}
 """Fleets given by their links, client by client."""
 
 _DEVICE = TypeAdapter(Device)

@@ -51,14 +51,16 @@ def test_shipped_profiles_are_complete_and_say_where_they_come_from() -> None:
 
 def test_compute_time_adds_up_over_layer_kinds() -> None:
     assert BOARD.seconds({"conv": 8e9, "linear": 3e9}) == 5.0
-    assert BOARD.seconds({}) == 0.0
+    assert BOARD.seconds({}, 7) == 0.0
+    assert replace(BOARD, step=0.25).seconds({"conv": 8e9}, 7) == 3.75
     with pytest.raises(ValueError, match="board: no rate for 'attention'; have conv, linear"):
         BOARD.seconds({"conv": 1.0, "attention": 1.0})
 
 
 def test_joules_by_hand() -> None:
-    assert BOARD.joules(10.0, 2.0) == 66.0
-    assert BOARD.joules(10.0, 2.0, idle=5.0) == 76.0
+    assert BOARD.watts is not None
+    assert BOARD.watts.joules(10.0, 2.0) == 66.0
+    assert BOARD.watts.joules(10.0, 2.0, idle=5.0) == 76.0
 
 
 @pytest.mark.parametrize(
