@@ -149,7 +149,11 @@ class Notice:
             found = inflate_object_from_contents(self.message.metadata.message_id, contents)
         except Exception as error:
             raise ValueError(f"the message is damaged: {error}") from None
-        if not isinstance(found, Message) or found.metadata.run_id != self.run:
+        told = self.message.metadata  # that the SuperLink has checked; what is in the objects it has not
+        if not isinstance(found, Message) or (found.metadata.run_id, found.metadata.reply_to_message_id) != (
+            told.run_id,
+            told.reply_to_message_id,
+        ):
             raise ValueError("the message is damaged: it is not the one that was announced")
         found.metadata.__dict__["_message_id"] = self.message.metadata.message_id
         return found
@@ -339,7 +343,7 @@ def _as_a_node() -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         status, told = error.response.status_code, FlowerError.from_json(error.response.text)
         line = (told.message if told else "") or f"HTTP {status}"
-        if status in (502, 503, 504):
+        if status in (429, 500, 502, 503, 504):  # 500: its database is busy, or it is just going
             raise ConnectionError(line) from None
         if status == 401:
             raise PermissionError("it does not know this key any more, or the clocks differ") from None

@@ -9,103 +9,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from random import uniform
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from prfl.records import RAISED
+from deploy.line import AGAIN, Leave, Line
+from prfl import records
 
 if TYPE_CHECKING:
-    from deploy.internals import Fleet, Notice, Parcel
+    from deploy.internals import Notice
 
-T = TypeVar("T")
 IDLE = 1.0  # seconds between two looks at most
-EASE = 0.05  # share of the time without a task that the next one may lie there unseen
-AGAIN, LONGEST = 0.5, 10.0  # seconds between two tries while the SuperLink is away: at first, at most
+EASE = 0.1  # share of the time without a task that the next one may lie there unseen
 REFUSED, KNOCK = 120.0, 5.0  # seconds to go on while refused, and between two tries
 PULSE = 10.0  # seconds between two heartbeats
-THERE = 0.05  # seconds until an object may have come that was still on its way
-AT_ONCE = 4  # requests for the objects of a message
 GOODBYE = 3.0  # seconds to say it in
 RUNS = 4  # whose state is kept
 
 log = logging.getLogger("prfl")
-
-
-class Leave(BaseException):
-    """We were told to go."""
-
-
-@dataclass
-class Line:
-    """The way to the SuperLink: when it is away, calls wait until it is back, and one line says so."""
-
-    address: str
-    fleet: Fleet
-    leaving: threading.Event = field(default_factory=threading.Event)
-    pool: ThreadPool = field(default_factory=lambda: ThreadPool(AT_ONCE))
-    _since: float | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def insist(self, call: Callable[[], T]) -> T:
-        """The call's result. Whatever it raises but ConnectionError is raised here, and Leave when we are to go."""
-        tries = 0
-        while not self.leaving.is_set():
-            try:
-                found = call()
-            except ConnectionError as error:
-                tries += 1
-                if tries > 1:  # once is nothing: the SuperLink closes connections that were silent
-                    self._away(error)
-                    self.leaving.wait(uniform(0.5, 1.0) * min(LONGEST, AGAIN * 2 ** (tries - 1)))
-            else:
-                self._back()
-                return found
-        raise Leave
-
-    def fetch(self, node: int, notice: Notice) -> dict[str, bytes]:
-        """All objects of a message. Raises LookupError when one never comes."""
-
-        def one(name: str) -> bytes:
-            while (found := self.insist(lambda: self.fleet.fetch(node, notice.run, name))) is None:
-                self.leaving.wait(THERE)
-            return found
-
-        return dict(zip(notice.objects, self.pool.map(one, notice.objects, chunksize=1), strict=True))
-
-    def deliver(self, node: int, parcel: Parcel, seconds: float) -> int:
-        """Bytes of the reply. It counts once, however often it must be tried; 0: it is not wanted any more."""
-        run, sent, again = parcel.message.metadata.run_id, 0, False
-        while True:
-            session, wanted = self.insist(lambda: self.fleet.announce(node, parcel, seconds))
-            if not wanted and not again:
-                return 0
-
-            def one(name: str, session: str = session) -> int:
-                content = parcel.contents[name]()
-                self.insist(lambda: self.fleet.store(node, run, session, name, content))
-                return len(content)
-
-            again = True
-            with suppress(LookupError):
-                return sent + sum(self.pool.map(one, wanted, chunksize=1))
-
-    def _away(self, error: ConnectionError) -> None:
-        with self._lock:
-            if self._since is None:
-                self._since = time.monotonic()
-                log.warning("%s does not answer (%s); trying again until it does", self.address, error)
-
-    def _back(self) -> None:
-        with self._lock:
-            if self._since is not None:
-                log.info("%s answers again after %.0f s", self.address, time.monotonic() - self._since)
-                self._since = None
 
 
 def serve(
@@ -233,7 +156,8 @@ def _task(line: Line, node: int, notice: Notice, context: Context, app: Callable
     """One message, from its objects to its reply."""
     from deploy import internals
 
-    what = f"{notice.message.metadata.message_type} of version {notice.message.metadata.group_id or '-'}"
+    meta = notice.message.metadata
+    what = records.line(f"{meta.message_type} of version {meta.group_id}" if meta.group_id else meta.message_type)
     try:
         began = time.monotonic()
         contents = line.fetch(node, notice)
@@ -242,11 +166,7 @@ def _task(line: Line, node: int, notice: Notice, context: Context, app: Callable
         came = time.monotonic()
         log.info("%s: %d bytes came in %.2f s", what, down, came - began)
         internals.act_as(node, notice.run)
-        try:
-            reply = app(notice.whole(contents), context)
-        except Exception as error:
-            log.error("the ClientApp failed", exc_info=error)
-            reply = Message(Error(RAISED, f"{type(error).__name__} on the device"), reply_to=notice.message)
+        reply = _reply(app, notice, contents, context)
         done = time.monotonic()
         up = line.deliver(node, internals.Parcel.of(reply), done - came)
         how = f"failed: {reply.error.reason}" if reply.has_error() else "done"
@@ -259,6 +179,21 @@ def _task(line: Line, node: int, notice: Notice, context: Context, app: Callable
         log.warning("%s: dropped, %s", what, error)
     except ValueError as error:
         log.warning("%s: dropped: %s", what, error)
+
+
+def _reply(
+    app: Callable[[Message, Context], Message], notice: Notice, contents: dict[str, bytes], context: Context
+) -> Message:
+    """What the ClientApp answers, or why it can not."""
+    try:
+        message = notice.whole(contents)
+    except ValueError as error:
+        return Message(Error(records.RAISED, str(error)), reply_to=notice.message)
+    try:
+        return app(message, context)
+    except Exception as error:
+        log.error("the ClientApp failed", exc_info=error)
+        return Message(Error(records.RAISED, f"{type(error).__name__} on the device"), reply_to=message)
 
 
 @contextmanager

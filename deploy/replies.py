@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from deploy import internals
+
+OBJECTS = 16  # of a reply, besides the pieces of its array
 
 
 @dataclass
@@ -23,11 +26,12 @@ class Coming:
 class Prompt(Grid):
     """Flower's own Grid waits for the rest of an announced reply, up to three minutes, and lets all others wait.
 
-    Give it the Grid of a ServerApp; a Grid that is none of a SuperLink's stays as it is.
+    Give it the Grid of a ServerApp; a Grid that is none of a SuperLink's stays as it is. A reply of more than `largest`
+    bytes is not taken in.
     """
 
-    def __init__(self, grid: Grid):
-        self._grid, self._desk = grid, internals.desk(grid)
+    def __init__(self, grid: Grid, largest: float = inf):
+        self._grid, self._desk, self._largest = grid, internals.desk(grid), largest
         self._coming: dict[str, Coming] = {}  # by the message that is answered
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -50,7 +54,11 @@ class Prompt(Grid):
 
     def _whole(self, desk: internals.Desk, coming: Coming) -> Message | None:
         """None: some of it is still on its way."""
+        if len(coming.notice.objects) > OBJECTS + self._largest / 2**20:
+            raise ValueError(f"the reply is in {len(coming.notice.objects)} pieces")
         for name in coming.notice.objects:
+            if sum(map(len, coming.contents.values())) > self._largest:
+                raise ValueError(f"the reply has more than {self._largest:.0f} bytes")
             if name not in coming.contents:
                 content = desk.fetch(coming.notice, name)
                 if content is None:

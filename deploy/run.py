@@ -14,7 +14,8 @@ from flwr.serverapp import Grid
 
 from clients.local import undivided
 from deploy.experiment import real
-from prfl import checkpoint, groups, models, problem, store
+from deploy.replies import Prompt
+from prfl import checkpoint, cost, groups, models, problem, store
 from prfl.codec import Layout
 from prfl.config import Experiment
 from prfl.records import architecture_out, experiment_out
@@ -24,6 +25,8 @@ from strategies import parts
 from strategies.grid import GridTransport
 from strategies.judge import Judge, static
 from strategies.run import finish, learn
+
+REPLY = 3.0  # values of a reply over those of the model, at most: the update, and what clients report
 
 
 def federate(grid: Grid, experiment: Experiment, folder: Path, data_dir: Path | None = None) -> dict[str, Any]:
@@ -71,12 +74,13 @@ def _federate(grid: Grid, experiment: Experiment, folder: Path, data_dir: Path |
         }
         for event in earlier:
             tally(event)
+        prompt = Prompt(grid, REPLY * cost.dense_bytes(params) + 2**20)
         transport = GridTransport(
-            grid, built.codec, layout, beside, timeout=settings.timeout, poll=settings.poll,
+            prompt, built.codec, layout, beside, timeout=settings.timeout, poll=settings.poll,
             elapsed=max((e["at"] for e in (*earlier, *lost)), default=0.0),
             joined=lambda at, client, name: log({"kind": "join", "at": at, "client": client, "class": name}),
         )  # fmt: skip
-        transport.enrol(settings.nodes)
+        transport.enrol(settings.nodes, settings.wait)
         if saved is None:
             state = built.method.init(params, architecture, transport.classes, experiment.seed)
         else:

@@ -8,7 +8,6 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from deploy.replies import Prompt
 from deploy.run import federate
 from prfl.records import experiment_in
 
@@ -22,7 +21,7 @@ def main(grid: Grid, context: Context) -> None:
     chosen = context.run_config
     folder, data_dir = Path(str(chosen["folder"])), str(chosen["data-dir"])
     experiment = experiment_in(str(chosen["experiment"]))
-    result = federate(Prompt(grid), experiment, folder, Path(data_dir) if data_dir else None)
+    result = federate(grid, experiment, folder, Path(data_dir) if data_dir else None)
     print(f"{folder}: test accuracy {result['test_accuracy']:.4f}, model {result['model_sha256']}", flush=True)
     if result["stopped"]:
         raise RuntimeError(f"{result['stopped']}; {folder} is complete up to version {result['versions']}")

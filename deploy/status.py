@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.table import Table
 from deploy.admission import EXPELLED, connected
 from deploy.credentials import admitted
 from deploy.home import Home
+from prfl import store
 from prfl.live import duration, plain, size
 
 
@@ -54,11 +54,8 @@ def nodes(home: Home) -> list[Node]:
 
 def clients(folder: Path) -> dict[int, Client]:
     """By client number, from the events of a run, which may still go on. Raises ValueError."""
-    file = folder / "events.jsonl"
-    if not file.is_file():
-        raise ValueError(f"{folder} is no run folder: there is no events.jsonl")
     found: dict[int, Client] = {}
-    for event in _events(file):
+    for event in store.events(folder):
         if isinstance(number := event.get("client"), int):
             _count(found.setdefault(number, Client()), event)
     return dict(sorted(found.items()))
@@ -112,13 +109,6 @@ def _count(client: Client, event: Mapping[str, Any]) -> None:
         else:
             client.failed += 1
             client.reason = event["reason"] or "no reason given"
-
-
-def _events(file: Path) -> Iterator[Mapping[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):  # the last one may be half written
-                yield json.loads(line)
 
 
 def _ago(seen: float | None) -> str:

@@ -6,19 +6,23 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message, MessageType
 from homes import COMMAND, home, port, server, started, until
 
-from deploy import processes
+from deploy import internals, processes
 from deploy.home import Home
 from prfl import store
+from prfl.records import pack
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +94,59 @@ def test_three_nodes_learn_to_read_digits(federation: Federation, tmp_path: Path
     )
     assert "nodes: 3 of 4 online" in told.stdout
     assert str(folder) in told.stdout
+
+
+def misbehave(federation: Federation, over: threading.Event) -> None:
+    """The node n3, client 3: it says who it is, then answers tasks with everything but their updates."""
+    key = internals.load_key(federation.home.key("n3"))
+    with internals.fleet(f"127.0.0.1:{federation.port}", federation.home.ca.read_bytes(), key) as fleet:
+        node, tasks = fleet.activate(), 0
+
+        def fetched(notice: internals.Notice, name: str) -> bytes:
+            while (content := fleet.fetch(node, notice.run, name)) is None:
+                time.sleep(0.05)
+            return content
+
+        while not over.wait(0.1):
+            fleet.heartbeat(node)
+            if (notice := fleet.look(node)) is None:
+                continue
+            message = notice.whole({name: fetched(notice, name) for name in notice.objects})
+            fleet.confirm(node, notice)
+            internals.act_as(node, notice.run)
+            if message.metadata.message_type == MessageType.QUERY:
+                reply = Message(pack(b"", {"client": 3, "profile": "odd"}), reply_to=message)
+            else:
+                tasks += 1
+                data = (b"short", bytes(4 << 20), b"never sent")[min(tasks - 1, 2)]
+                reply = Message(pack(data), reply_to=message)
+            parcel = internals.Parcel.of(reply)
+            session, wanted = fleet.announce(node, parcel, 0.1)
+            for name in wanted if tasks < 3 else ():
+                fleet.store(node, notice.run, session, name, parcel.contents[name]())
+        fleet.deactivate(node)
+
+
+def test_a_node_that_answers_in_part_or_too_much_holds_nobody_up(federation: Federation, tmp_path: Path) -> None:
+    out, folder, over = tmp_path / "out", tmp_path / "run", threading.Event()
+    asked = ["run", *LEARNING, "method=fedbuff", "pacing={name: buffered, in_flight: 4, goal: 2}",
+             "devices={name: real, nodes: 4, timeout: 8}", "stop={versions: 15}", "work={steps: 20}",
+             "evaluate_every=5", "--out", str(folder)]  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        odd = pool.submit(misbehave, federation, over)
+        try:
+            assert federation.run(out, *asked).wait(180) == 0, out.read_text()
+        finally:
+            over.set()
+        odd.result()
+    reasons = [e["reason"] for e in events(folder, "arrival") if e["client"] == 3]
+    assert reasons[0].startswith("truncated: 5 bytes")
+    assert "the reply has more than" in reasons[1]
+    assert reasons[2] == "no answer in 8 s"
+    assert not any(e["used"] for e in events(folder, "arrival") if e["client"] == 3)
+    others = [e for e in events(folder, "arrival") if e["client"] != 3]
+    assert sum(e["used"] for e in others) > 20
+    assert max(e["seconds"] for e in others) < 20  # Flower's own Grid waits three minutes for what was announced
 
 
 def test_whatever_dies_or_stalls_or_comes_late_the_run_goes_on(federation: Federation, tmp_path: Path) -> None:
