@@ -20,11 +20,13 @@ from clients.keeping import Kept, fits
 from clients.local import Local
 from prfl import cost
 from prfl.codec import Codec, Layout
+from prfl.config import Experiment, name
 from prfl.evaluate import evaluate as scores
 from prfl.records import RAISED, architecture_in, experiment_in, line, pack, unpack
 from prfl.types import Architecture, Task, Tree
 
 CARRY = "carry"  # what a lossy codec withheld so far; in the node's state, because it is the client's own
+TRUSTED = "trusted"  # in the node config: packages of users' own parts
 WANTED = ("experiment", "codec", "architecture")
 OPEN = {"clients.app", "clients.local", "clients.train", "prfl.codec", "prfl.bitstream", "prfl.envelope"}
 """The modules whose errors the server may read: they speak of its task and of counts, never of what lies in a file."""
@@ -97,11 +99,23 @@ def _received(message: Message, context: Context) -> Received:
         torch.set_num_threads(threads)
     own, shared = (str(context.node_config.get(key, "")) for key in ("own", "data"))
     experiment = str(config["experiment"])
+    _check_trust(experiment_in(experiment), context)
     local, held = _local(experiment, own or shared or str(config.get("data-dir", "")), bool(own))
     codec = Codec(**json.loads(str(config["codec"])))
     architecture = architecture_in(str(config["architecture"]))
     layout = Layout.of(local.params, architecture.groups)
     return Received(codec.decode_task(data, layout), local, held, codec, layout, architecture, experiment)
+
+
+def _check_trust(experiment: Experiment, context: Context) -> None:
+    """Refuse a user's own parts unless the node trusts their package: to name one is to have it run here."""
+    if TRUSTED not in context.node_config:
+        return  # a simulation, or a node that was started by hand
+    known = str(context.node_config[TRUSTED]).split()
+    for spec in (experiment.model, experiment.data.set, experiment.data.partition):
+        module, own, _ = name(spec).partition(":")
+        if own and module != Local.__module__ and module.partition(".")[0] not in known:
+            raise ValueError(f"this node does not trust {module}; it trusts {', '.join(known) or 'no package'}")
 
 
 @lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from deploy.home import Home
 
@@ -126,6 +126,9 @@ def node(
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Data sets; the client's part is cut out.")] = None,
     own: Annotated[Path | None, typer.Option(metavar="DIR", help="The device's own data.")] = None,
     memory: Annotated[int, typer.Option(min=0, metavar="BYTES", help="What training may use; 0: all.")] = 0,
+    trust: Annotated[
+        list[str] | None, typer.Option(metavar="PACKAGE", help="Installed here; experiments may name its parts.")
+    ] = None,
     stock: Annotated[bool, typer.Option("--stock", help="Flower's own SuperNode; slower, a process a task.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and node authentication.")] = False,
     poll: Annotated[float, typer.Option(min=0.001, metavar="S", help="Seconds between two looks for a task.")] = 0.05,
@@ -136,7 +139,7 @@ def node(
 
     here = _home(home)
     host, port = link.address(server, PORT)
-    config = _config(here, key or f"client-{client}", client, profile, data, own, memory)
+    config = _config(here, key or f"client-{client}", client, profile, data, own, memory, trust or [])
     if insecure:
         _say(PLAIN)
     else:
@@ -203,7 +206,14 @@ def _secured(home: Home, key: str) -> None:
 
 
 def _config(
-    home: Home, name: str, client: int, profile: str, data: Path | None, own: Path | None, memory: int
+    home: Home,
+    name: str,
+    client: int,
+    profile: str,
+    data: Path | None,
+    own: Path | None,
+    memory: int,
+    trusted: Sequence[str],
 ) -> Mapping[str, str | int]:
     """Flower's node config."""
     from deploy.home import NAME
@@ -214,7 +224,12 @@ def _config(
         raise ValueError("--data and --own exclude each other: data sets to cut from, or the device's own data")
     state = home.state(name)
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    config: dict[str, str | int] = {"partition-id": client, "profile": profile, "state": str(state)}
+    config: dict[str, str | int] = {
+        "partition-id": client,
+        "profile": profile,
+        "state": str(state),
+        "trusted": " ".join(trusted),
+    }
     for option, folder in (("data", data), ("own", own)):
         if folder is not None:
             path = folder.expanduser().resolve()

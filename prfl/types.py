@@ -121,6 +121,9 @@ class Update:
     signal: Tree | None = None
 
 
+METRICS = ("loss", "loss_first", "loss_last", "accuracy", "samples", "steps")
+"""What every update reports of its training."""
+
 GIVEN_UP = "given up"
 """The reason of an arrival that nobody waited for any more: only its cost counts."""
 

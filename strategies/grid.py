@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from prfl.codec import Codec, Layout
 from prfl.records import Scalar, line, pack, reason, unpack
-from prfl.types import GIVEN_UP, Arrival, Task
+from prfl.types import GIVEN_UP, METRICS, Arrival, Task
 
 QUERY = 60.0  # seconds a node has to say who it is, before it is asked again
 LOOK = 1.0  # seconds between two looks for newcomers, and at most between two looks for answers
@@ -169,6 +169,8 @@ class GridTransport:
         try:
             data, _ = unpack(reply.content)
             update = self._codec.decode_update(data, sent.task, self._layout)
+            if missing := [name for name in METRICS if name not in update.metrics]:
+                raise ValueError(f"metrics: no {missing[0]}")
         except ValueError as refusal:
             return self._nothing(sent, line(str(refusal)))
         return Arrival(sent.task, sent.at, self.now(), sent.bytes_down, len(data), update)

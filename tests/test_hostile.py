@@ -44,7 +44,7 @@ def honest(of: Task, **changes: Any) -> Update:
     """A right answer, without training for it."""
     draw = torch.Generator().manual_seed(of.seed % 2**63)
     delta = {k: torch.randn(of.mask.count(k, v.shape), generator=draw) * 0.01 for k, v in of.params.items()}
-    metrics = {"loss": 0.5, "loss_first": 0.6, "loss_last": 0.4, "accuracy": 0.2}
+    metrics = {"loss": 0.5, "loss_first": 0.6, "loss_last": 0.4, "accuracy": 0.2, "samples": 30.0, "steps": 3.0}
     return replace(Update(of.client, of.version, delta, of.mask, 30.0, metrics), **changes)
 
 
@@ -126,6 +126,7 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "short fields": (with_section(0, b""), "^fields of 0 bytes instead of 24$"),
     "metric NaN": (with_section(1, b'{"loss":NaN}'), "^metrics: 'loss' is no finite number$"),
     "metric huge": (with_section(1, b'{"loss":1e999}'), "^metrics: 'loss' is no finite number$"),
+    "metric missing": (with_section(1, b'{"loss":1.0}'), "^metrics: no loss_first$"),
     "metric bool": (with_section(1, b'{"loss":true}'), "^metrics: 'loss' is no finite number$"),
     "metric of text": (with_section(1, b'{"loss":"low"}'), "^metrics: 'loss' is no finite number$"),
     "metric nested": (with_section(1, b'{"loss":' + b"[" * 9999 + b"]" * 9999 + b"}"), "^metrics: not JSON"),
@@ -361,7 +362,14 @@ def test_the_worst_that_is_let_in_never_ends_a_run(name: str) -> None:
         if wild:
             delta = {k: torch.full_like(v, sign * 1e6) for k, v in update.delta.items()}
             losses = {"loss": 1.7e308 * sign, "loss_first": 1.7e308, "loss_last": -1.7e308}
-            metrics = {**losses, "accuracy": -1.7e308, "class/999999999": 1.0, "class/-1": 1.0}
+            metrics = {
+                **losses,
+                "accuracy": -1.7e308,
+                "samples": 0.0,
+                "steps": 1e308,
+                "class/999999999": 1.0,
+                "class/-1": 1.0,
+            }
             update = replace(update, delta=delta, weight=1e15 if of.version % 2 else 1e-6, metrics=metrics)
         if of.work.report:
             every = {k: update.delta[k].abs() for k in shared.shapes}

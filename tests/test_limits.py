@@ -526,3 +526,22 @@ def test_a_message_of_another_version_is_said() -> None:
     arrival = found.wait()
     assert arrival is not None
     assert arrival.reason == "the message lacks architecture: the server is of another version"
+
+
+# What runs on a device
+
+
+@pytest.mark.parametrize(
+    "part", [{"model": "subprocess:Popen"}, {"data": {"set": "os:getcwd"}}, {"data": {"partition": "prfl.store:Run"}}]
+)
+def test_a_node_runs_no_part_that_it_does_not_trust(part: dict[str, Any]) -> None:
+    experiment = Experiment.model_validate({**EXPERIMENT.model_dump(), **part})
+    (named,) = [v if isinstance(v, str) else next(iter(v.values())) for v in part.values()]
+    grid = Nodes(1)
+    grid.contexts[1000].node_config["trusted"] = "torch mine"
+    found = GridTransport(grid, Codec(), layout(), SPEC | {"experiment": experiment_out(experiment)}, poll=0.001)
+    found.enrol(1)
+    found.send(task(0))
+    arrival = found.wait()
+    assert arrival is not None
+    assert arrival.reason == f"this node does not trust {named.partition(':')[0]}; it trusts torch, mine"
