@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import isfinite
 
 import torch
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clients import statistics
+from clients import personal, regrow, statistics
 from clients.shrink import shrink, sliced_bits
+from clients.widths import drawn
 from prfl.masks import Mask
 from prfl.models import entries
 from prfl.samples import Samples, batches
@@ -32,45 +34,65 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
 
     Metrics: `loss` (mean over the samples seen, without the proximal term), `loss_first` and `loss_last` (of those
     mini-batches), `accuracy` (over the samples seen, before each step), `samples` (seen, repeats included), `steps`;
-    with `Work.absent` "zero" also `class/<i>` = 1 for every class that the client has. The weight is its number of
-    samples. Diverged: a loss or a weight is not finite. ValueError: no samples, or too few for BatchNorm.
+    with `Work.absent` "zero" also `class/<i>` = 1 for every class that the client has, with `Work.labels` its samples
+    of it, with `Work.prune` those of `personal.pruned`. The weight is the number of samples that it trains on. Where
+    `Work` lets a client change its mask, the update has another than the task. Diverged: a loss or a weight is not
+    finite. ValueError: no samples, too few for BatchNorm, or a mask that the work can not be done with.
     """
     work = task.work
+    samples, held_out = personal.apart(task, samples)
     net, values, held = _received(task, model)
     start = held.apply(values)
     plan = _plan(task, len(samples), whole=any(isinstance(m, _BatchNorm) for m in net.modules()))
+    moves, passed = regrow.turn(task, len(plan)), personal.turn(work, len(samples), len(plan))
+    first: Tree = {}
     measure = LOSSES[work.loss]
-    present = torch.unique(samples.y) if work.absent == "zero" else samples.y[:0]
+    present, sizes = torch.unique(samples.y, return_counts=True)
     losses: list[Tensor] = []
     hits: list[Tensor] = []
     total: list[Tensor] | None = None
     with _borrowed(net, start, task) as local, _scaled(net, task):
         weights = {k: p for k, p in net.named_parameters() if p.requires_grad}
-        descend = _descent(work, weights, held)
-        for step, at in enumerate(plan, 1):
+        shut = {k: torch.empty_like(weights[k].data).copy_(v) for k, v in held.bits.items() if k in weights}
+        descend = _descent(work, weights, shut)
+        for step, (at, narrow) in enumerate(zip(plan, drawn(task, model, net, len(plan)), strict=True), 1):
             x, y = samples.batch(at)
-            logits = net(x)
+            logits = (net if narrow is None or work.distil else narrow)(x)
             if work.absent == "zero":
                 logits = _only(present, logits)
             loss = measure(logits, y)
             torch.autograd.backward(loss)
+            if narrow is not None and work.distil:
+                torch.autograd.backward(F.cross_entropy(narrow(x), logits.detach().softmax(1)))
             gradients = [_taken(p) for p in weights.values()]
             if statistics.needs_gradient(work) and (work.window == "all" or step == len(plan)):
                 total = statistics.collect(total, gradients)
+            if step == moves:
+                now = {k: p.data for k, p in weights.items()}
+                held = regrow.regrown(held, now, _named(weights, gradients), work.regrow)
+                for k, mask in shut.items():
+                    mask.copy_(held.bits[k])
             descend(gradients)
+            if step == passed:
+                first = {k: held.gather(k, v.data).clone() for k, v in local.items()}
             losses.append(loss.detach())
             hits.append(logits.detach().argmax(1) == y)
+            if work.patience and not work.steps and _weary(losses, plan, work):
+                break
         delta = {k: held.gather(k, v.data - start[k]) for k, v in local.items()}
     _check(losses, delta, work)
-    seen = sum(len(at) for at in plan)
-    metrics = _metrics(losses, hits) | {"samples": float(seen), "steps": float(len(plan))}
-    if work.absent == "zero":
-        metrics |= {f"class/{i}": 1.0 for i in present.tolist()}
+    seen = sum(len(at) for at in plan[: len(losses)])
+    metrics = _metrics(losses, hits) | {"samples": float(seen), "steps": float(len(losses))}
+    if work.absent == "zero" or work.labels:
+        told = sizes.tolist() if work.labels else [1] * len(sizes)
+        metrics |= {f"class/{i}": float(n) for i, n in zip(present.tolist(), told, strict=True)}
+    done = replace(task, mask=held) if moves else task
     signal = None
     if work.report:
-        gradient, change = dict(zip(weights, total or (), strict=False)), {k: delta[k] for k in weights}
-        signal = statistics.report(task, held, gradient, change, seen)
-    return Update(task.client, task.version, delta, task.mask, float(len(samples)), metrics, signal)
+        gradient, change = _named(weights, total or ()), {k: delta[k] for k in weights}
+        signal = statistics.report(done, held, gradient, change, seen)
+    update = Update(task.client, task.version, delta, done.mask, float(len(samples)), metrics, signal)
+    return personal.pruned(update, task, model, held_out, first) if passed else update
 
 
 def _received(task: Task, model: nn.Module) -> tuple[nn.Module, Tree, Mask]:
@@ -103,6 +125,18 @@ def _plan(task: Task, samples: int, whole: bool) -> list[Tensor]:
         plan += batches(torch.randperm(samples, generator=generator), work.batch, whole)
         passes += 1
     return plan[: work.steps] if work.steps else plan
+
+
+def _weary(losses: Sequence[Tensor], plan: Sequence[Tensor], work: Work) -> bool:
+    """Whether an epoch ends that is the last of `Work.patience` in a row without a smaller mean loss (AutoFLIP)."""
+    size, done = len(plan) // work.epochs, len(losses)
+    if done % size or done // size <= work.patience:
+        return False
+    sizes = torch.tensor([float(len(at)) for at in plan[:size]])
+    means: list[float] = (
+        torch.stack(list(losses)).view(-1, size) @ sizes
+    ).tolist()  # every epoch has batches of the same sizes
+    return min(means[: -work.patience]) <= min(means[-work.patience :])
 
 
 @contextmanager
@@ -160,14 +194,14 @@ def _scaled(net: nn.Module, task: Task) -> Iterator[None]:
             hook.remove()
 
 
-def _descent(work: Work, weights: dict[str, nn.Parameter], held: Mask) -> Callable[[list[Tensor]], None]:
-    """One SGD step as torch.optim.SGD takes it, on gradients that it may change; penalty, then clipping, then decay."""
+def _descent(work: Work, weights: dict[str, nn.Parameter], masks: Tree) -> Callable[[list[Tensor]], None]:
+    """One SGD step as torch.optim.SGD takes it, on gradients that it may change; penalty, then clipping, then decay.
+
+    masks: of entries with single weights masked, 1 or 0 in their shape; with `Work.regrow` they may be changed between
+    steps.
+    """
     values = [p.data for p in weights.values()]
-    masked = [
-        (i, torch.empty_like(v).copy_(held.bits[k]))
-        for i, (k, v) in enumerate(zip(weights, values, strict=True))
-        if k in held.bits
-    ]
+    masked = [(i, masks[k]) for i, k in enumerate(weights) if k in masks]
     start = [v.clone() for v in values] if work.proximal else []
     velocity = [torch.zeros_like(v) for v in values] if work.momentum else []
 
@@ -185,8 +219,15 @@ def _descent(work: Work, weights: dict[str, nn.Parameter], held: Mask) -> Callab
             torch._foreach_mul_(velocity, work.momentum)
             torch._foreach_add_(velocity, gradients)
         torch._foreach_add_(values, velocity or gradients, alpha=-work.lr)
+        for i, mask in masked if work.regrow else ():
+            values[i].mul_(mask)
 
     return step
+
+
+def _named(weights: Iterable[str], tensors: Sequence[Tensor]) -> Tree:
+    """Tensors in the order of the weights, by name; none at all where there are none."""
+    return dict(zip(weights, tensors, strict=False))
 
 
 def _taken(weight: nn.Parameter) -> Tensor:

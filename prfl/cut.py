@@ -32,7 +32,7 @@ class Ranking:
 
     cut: Cut
     _order: list[Callable[[], Places]] = field(repr=False)  # forgotten once called: it holds a model and its scores
-    _cuts: dict[float, Mask] = field(default_factory=dict, init=False, repr=False)
+    _cuts: dict[float | tuple[bool, ...], Mask] = field(default_factory=dict, init=False, repr=False)
 
     def mask(self, share: float) -> Mask:
         """The mask of this share, in (0, 1]; the same object every time. `Cut` says what it is a share of."""
@@ -40,7 +40,8 @@ class Ranking:
             raise ValueError(f"density must be in (0, 1], got {share:g}")
         if share not in self._cuts:
             make = self._channels if self.cut.unit == "channels" else self._weights
-            self._cuts[share] = Mask(origin=ref(self)) if share == 1 else make(share)
+            named = self.cut.named and self.cut.unit == "channels"
+            self._cuts[share] = Mask(origin=ref(self)) if share == 1 and not named else make(share)
         return self._cuts[share]
 
     @cached_property
@@ -49,6 +50,24 @@ class Ranking:
         places = self._order[0]()
         self._order.clear()
         return places
+
+    def regions(self, kept: tuple[bool, ...]) -> Mask:
+        """The mask of some of as many equal regions of every pool, best first, and of every pool's best unit.
+
+        The same object every time. These masks are not nested, so they do not know their ranking.
+        """
+        if kept not in self._cuts:
+            keep, pools = torch.tensor(kept), {k: place.numel() for k, place in self.places.items()}
+            if self.cut.spread == "model":
+                pools = dict.fromkeys(pools, sum(pools.values()))
+            held = {k: keep[place.long() * len(kept) // pools[k]] | (place == 0) for k, place in self.places.items()}
+            if self.cut.unit == "channels":
+                skipped = {g for g in held if any(self.cut.skips(m.entry) for m in g.members)}
+                channels = {g: (h | (g in skipped)).nonzero().flatten() for g, h in held.items()}
+                self._cuts[kept] = Mask(channels=channels)
+            else:
+                self._cuts[kept] = Mask({k: h for k, h in held.items() if not bool(h.all())})
+        return self._cuts[kept]
 
     def _weights(self, share: float) -> Mask:
         sizes = {k: place.numel() for k, place in self.places.items()}
@@ -63,11 +82,15 @@ class Ranking:
 
     def _channels(self, share: float) -> Mask:
         width = share**0.5 if self.cut.width == "sqrt" else share
+        sizes = {group: group.size for group in self.places}
+        cores = {group: self.cut.core_of(size) for group, size in sizes.items()}
+        if self.cut.spread == "model":
+            sizes, cores = (dict.fromkeys(of, sum(of.values())) for of in (sizes, cores))
         channels = {}
         for group, place in self.places.items():
-            keep = max(self.cut.core_of(group.size), ceil(width * group.size - NOISE))
+            keep = max(cores[group], ceil(width * sizes[group] - NOISE))
             whole = any(self.cut.skips(m.entry) for m in group.members)
-            channels[group] = (place < (group.size if whole else keep)).nonzero().flatten()
+            channels[group] = (place < (place.max() + 1 if whole else keep)).nonzero().flatten()
         return Mask(channels=channels, origin=ref(self))
 
 
@@ -79,8 +102,11 @@ class Cut:
     layer ("layer"), of the model with Erdos-Renyi-Kernel shares of its layers ("erk"), or of the model with the weights
     of all layers in one order ("model"). width: what a share of the channels is a share of: of every group's channels,
     rounded up ("linear", HeteroFL), or of the weights, by its root of the channels ("sqrt", FedGMR's baselines); the
-    model's input and output stay whole. floor: the share that every layer or group keeps at least, its core: the best
-    by score or by magnitude; never less than one unit (ours). skip: parts of names of entries that are never cut.
+    model's input and output stay whole. Channels with spread "model": of all groups' channels, in one order (GDP, Lin
+    et al. 2018). by: what a channel's score sums up: the weights of all entries that are cut with it ("group"), or of
+    the filters or neurons that make it ("filter", Li et al. 2017). floor: the share that every layer or group keeps at
+    least, its core: the best by score or by magnitude; never less than one unit (ours). skip: parts of names of entries
+    that are never cut. named: a mask of all channels names them too, for clients that cut it further by themselves.
 
     PR-FL is `Cut(spread="model", floor=core, core="magnitude")`: the model's best by importance as published, the core
     and importance per cost (`costs` of `rank`) as in its released code. A share below the core's gets the core.
@@ -92,16 +118,19 @@ class Cut:
     core: Literal["score", "magnitude"] = "score"
     width: Literal["linear", "sqrt"] = "sqrt"
     skip: tuple[str, ...] = ()
+    by: Literal["group", "filter"] = "group"
+    named: bool = False
 
     def __post_init__(self) -> None:
         choice("cut", "unit", self.unit, ("weights", "channels"))
         choice("cut", "spread", self.spread, ("layer", "erk", "model"))
         choice("cut", "core", self.core, ("score", "magnitude"))
         choice("cut", "width", self.width, ("linear", "sqrt"))
+        choice("cut", "by", self.by, ("group", "filter"))
         if not 0 <= self.floor <= 1:
             raise ValueError(f"cut: floor must be in [0, 1], got {self.floor:g}")
-        if self.unit == "channels" and self.spread != "layer":
-            raise ValueError(f"cut: channels are spread by layer, not {self.spread!r}")
+        if self.unit == "channels" and self.spread == "erk":
+            raise ValueError("cut: channels are spread by layer or model, not 'erk'")
         if isinstance(self.skip, str):
             raise ValueError(f"cut: skip must be a list of parts of names, got {self.skip!r}")
 
@@ -174,14 +203,16 @@ def _order_weights(cut: Cut, scores: Tree, params: Tree, costs: Mapping[str, flo
 
 
 def _order_channels(cut: Cut, scores: Tree, params: Tree, groups: tuple[Group, ...]) -> Places:
-    """Places of every group's channels."""
-    places = {}
+    """Places of every group's channels, counted in every group or over all."""
+    pools: list[Tensor] = []
+    together = sum(v.numel() for v in params.values()) if cut.spread == "model" else 0
     for g in groups:
-        score = by = _per_channel(g, scores)
+        score = by = _per_channel(cut, g, scores, together)
         if cut.core == "magnitude":
-            by = _per_channel(g, {m.entry: params[m.entry].abs() for m in g.members})
-        places[g] = _place(_core_first(score, by, cut, g.members[0].entry))
-    return places
+            by = _per_channel(cut, g, {m.entry: params[m.entry].abs() for m in g.members}, together)
+        pools.append(_core_first(score, by, cut, g.members[0].entry))
+    ordered = torch.split(_place(torch.cat(pools)), [len(p) for p in pools]) if together else map(_place, pools)
+    return dict(zip(groups, ordered, strict=True))
 
 
 def _core_first(scores: Tensor, by: Tensor, cut: Cut, entry: str) -> Tensor:
@@ -193,10 +224,15 @@ def _core_first(scores: Tensor, by: Tensor, cut: Cut, entry: str) -> Tensor:
     return scores.index_fill(0, _falling(by)[: cut.core_of(len(by))], inf)
 
 
-def _per_channel(group: Group, scores: Tree) -> Tensor:
-    """A channel's score: the sum over all weights of all members, times a power of two that keeps it finite."""
+def _per_channel(cut: Cut, group: Group, scores: Tree, together: int) -> Tensor:
+    """A channel's score: the sum over all weights of its members, times a power of two that keeps it finite.
+
+    together: how many weights are scored by the same power; 0: those of this group.
+    """
     members = [m for m in group.members if m.entry in scores and prunable(scores[m.entry])]
-    scale = 0.5 ** sum(scores[m.entry].numel() for m in members).bit_length()
+    if cut.by == "filter":
+        members = [m for m in members if m.axis == 0] or members  # a group may begin where no layer makes it
+    scale = 0.5 ** (together or sum(scores[m.entry].numel() for m in members)).bit_length()
     total = torch.zeros(group.size)
     for m in members:
         other = [a for a in range(scores[m.entry].dim()) if a != m.axis]

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from prfl.arrivals import ordered
+from prfl.bandits import d_ucb, e_ucb
 from prfl.checks import choice, least, share
 from prfl.recovery import recover
 from prfl.types import Arrival, Density, State
@@ -235,4 +236,6 @@ TABLE: dict[str, Callable[..., Density]] = {
     "cosine": cosine,
     "by_time": by_time,
     "recover": recover,
+    "e_ucb": e_ucb,
+    "d_ucb": d_ucb,
 }

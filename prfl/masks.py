@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +38,11 @@ class Mask:
     def ranking(self) -> Ranking | None:
         """What the mask was cut from, if anything: all masks of one ranking are nested. Masks do not keep it alive."""
         return self.origin() if self.origin else None
+
+    @cached_property
+    def dense(self) -> bool:
+        """Whether the mask leaves the whole model alone; entries of bits are cut, as far as it can tell."""
+        return not self.bits and all(len(kept) == group.size for group, kept in self.channels.items())
 
     @cached_property
     def _sides(self) -> dict[str, dict[int, Tensor]]:
@@ -159,6 +165,38 @@ def coverage(masks: Sequence[Mask], params: Tree) -> Tree:
         for k, total in out.items():
             mask.count_into(k, total, 1)
     return out
+
+
+def covered(masks: Sequence[Mask], params: Tree) -> float:
+    """Share of the prunable weights that at least one of the masks holds."""
+    apart = {id(mask): mask for mask in masks}.values()  # many clients may share one
+    densest = max((mask.density(params) for mask in apart), default=0.0)
+    nested = len({id(mask.ranking) for mask in apart}) == 1 and all(mask.ranking is not None for mask in apart)
+    return densest if nested or densest in (0.0, 1.0) else union(list(apart), params).density(params)
+
+
+def covering(masks: Sequence[Mask], params: Tree) -> int:
+    """How many of the masks hold the weight that the fewest hold: the minimum covering index (arXiv 2201.11803).
+
+    Counted over all entries, and whole masks first: of nested masks only these hold the weight that goes first. Of
+    others, entry by entry, until one has a weight that no further mask holds.
+    """
+    apart = [mask for mask in masks if not mask.dense]
+    if not apart or (apart[0].origin and all(mask.origin is apart[0].origin for mask in apart)):
+        return len(masks) - len(apart)
+    least, times = len(masks), Counter(map(id, apart))
+    distinct = {id(mask): mask for mask in apart}
+    for k in sorted(params, key=lambda k: params[k].numel()):
+        cut = {i: mask for i, mask in distinct.items() if not mask.whole(k)}
+        whole = len(masks) - sum(times[i] for i in cut)
+        if whole < least and params[k].numel():
+            held = torch.zeros(params[k].shape, dtype=torch.int32)
+            for i, mask in cut.items():
+                mask.count_into(k, held, times[i])
+            least = min(least, whole + int(held.min()))
+        if least == len(masks) - len(apart):
+            break
+    return least
 
 
 def distance(a: Mask, b: Mask, params: Tree) -> float:

@@ -24,7 +24,9 @@ from prfl.cache import buff_fed_avg, buff_mask_fed_avg, mask_fed_avg
 from prfl.checks import choice, positive, share
 from prfl.masks import DENSE, Mask
 from prfl.optimisers import adam, momentum, statistic
+from prfl.quality import by_quality
 from prfl.staleness import FLAT, ROOT, Staleness
+from prfl.standing import by_value
 from prfl.types import Arrival, Merge, State, Task, Tree, Update
 
 
@@ -247,4 +249,6 @@ TABLE: dict[str, Callable[..., Merge]] = {
     "heterofl": heterofl,
     "momentum": momentum,
     "adam": adam,
+    "by_quality": by_quality,
+    "by_value": by_value,
 }

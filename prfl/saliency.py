@@ -65,6 +65,59 @@ class taylor:
 
 
 @dataclass(frozen=True)
+class change:
+    """How far clients moved the weight, the mean of |local - received|."""
+
+    needs: ClassVar[str] = "change"
+
+    def __call__(self, params: Tree, signal: Tree | None) -> Tree:
+        return _scored(params, signal, lambda w, moved: moved)
+
+
+@dataclass(frozen=True)
+class l1_filter:
+    """sum |w| of the filter or neuron that a weight belongs to, biases apart (Li et al. 2017), over its weights.
+
+    All weights of a filter have one score: with `Cut(unit="channels", by="filter")` a channel's is the filter's norm.
+
+    >>> l1_filter()({"w": torch.tensor([[1.0, -3.0], [0.5, 0.5]])}, None)
+    {'w': tensor([[2.0000, 2.0000],
+            [0.5000, 0.5000]])}
+    """
+
+    needs: ClassVar[str] = ""
+
+    def __call__(self, params: Tree, signal: Tree | None) -> Tree:
+        return {k: _spread(v.abs().flatten(1).sum(1), v) if v.dim() > 1 else v.abs() for k, v in params.items()}
+
+
+@dataclass(frozen=True)
+class gdp:
+    """|sum w g + b dL/db| of the filter or neuron that a weight belongs to, over its weights (GDP, Lin et al. 2018).
+
+    The change of the loss when the whole filter becomes zero. As published with
+    `Cut(unit="channels", by="filter", spread="model", width="linear")`, one order of all filters of the network, and
+    `Work.scope` "all", so that filters that were cut are scored too and can come back. The mean over clients is taken
+    of g, before the product (published: of the score). A filter is scored by those of its weights that were reported.
+    """
+
+    needs: ClassVar[str] = "gradient"
+
+    def __call__(self, params: Tree, signal: Tree | None) -> Tree:
+        products = {k: (params[k] * g).clamp(-_MAX, _MAX) for k, g in (signal or {}).items() if k in params}
+        scores = {}
+        for k, v in products.items():
+            if v.dim() > 1:
+                total = (
+                    v.flatten(1).nansum(1)
+                    + products.get(f"{k.removesuffix('weight')}bias", v.new_zeros(1)).nan_to_num()
+                )
+                unseen = v.isnan().flatten(1).all(1)
+                scores[k] = _spread(total.abs().masked_fill(unseen, torch.nan), v)
+        return _scored(params, products | scores, lambda w, score: score.abs())
+
+
+@dataclass(frozen=True)
 class signal:
     """The clients' report as it is, whichever `report` asks for: "gradient", "gradient2" or "change"."""
 
@@ -111,6 +164,11 @@ class random:
         return {k: torch.rand(v.shape, generator=draw(k)) for k, v in params.items()}
 
 
+def _spread(filters: Tensor, over: Tensor) -> Tensor:
+    """A value a filter, dealt out evenly to its weights."""
+    return (filters / over[0].numel()).view([-1] + [1] * (over.dim() - 1)).expand_as(over).clone()
+
+
 def _order(tensor: Tensor) -> Tensor:
     scores = torch.zeros(tensor.shape)
     for axis, size in enumerate(tensor.shape):
@@ -139,6 +197,9 @@ TABLE: dict[str, Callable[..., Saliency]] = {
     "gradient": gradient,
     "gradient2": gradient2,
     "taylor": taylor,
+    "change": change,
+    "l1_filter": l1_filter,
+    "gdp": gdp,
     "signal": signal,
     "order": order,
     "random": random,

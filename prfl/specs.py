@@ -93,14 +93,17 @@ def plain(value: Any) -> Any:
 
 def tables() -> Mapping[Any, Table]:
     """The types of fields that hold a part themselves, and where its names are found."""
-    from prfl import density, merge, saliency, staleness
-    from prfl.types import Density, Merge, Saliency
+    from prfl import density, guidance, merge, regions, saliency, staleness, valuation
+    from prfl.types import Density, Merge, Saliency, Valuation
 
     return {
         Density: density.TABLE,
         Saliency: saliency.TABLE,
         Merge: merge.TABLE,
         staleness.Staleness: staleness.TABLE,
+        Valuation: valuation.TABLE,
+        guidance.Agreement: guidance.TABLE,
+        regions.Masks: regions.TABLE,
     }
 
 
@@ -116,12 +119,14 @@ def work(fields: Mapping[str, Any], base: Work | None = None, kind: str = "work"
         checks.least(kind, "batch", made.batch, 1)
         checks.positive(kind, "lr", made.lr)
         checks.fraction(kind, "momentum", made.momentum)
-        for name in ("epochs", "steps", "weight_decay", "proximal", "clip"):
+        for name in ("epochs", "steps", "patience", "weight_decay", "proximal", "clip"):
             checks.least(kind, name, getattr(made, name), 0)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not made.epochs and not made.steps:
         raise ConfigError(f"{kind}: epochs or steps must be 1 or more")
+    if made.patience and made.steps:
+        raise ConfigError(f"{kind}: patience counts epochs, but there are {made.steps} steps")
     return made
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-from prfl.evaluate import evaluate
+from prfl.evaluate import ready, score
 from prfl.problem import Problem
-from prfl.types import State, Work
+from prfl.types import State, Tree, Work
 from strategies.method import Method
 from strategies.server import Scores
 
@@ -23,10 +24,32 @@ class Judge:
     static: bool
 
     def __call__(self, state: State, test: bool = True) -> Scores:
-        given, dataset = self.problem, self.problem.dataset
-        some = dataset.train.subset(torch.arange(min(CALIBRATION, len(dataset.train)))) if self.static else None
-        splits = (given.validation, dataset.test) if test else (given.validation,)
-        return Scores(*(evaluate(state.params, given.model, split, calibrate=some) for split in splits))
+        net = self._net(state.params)
+        splits = (self.problem.validation, self.problem.dataset.test) if test else (self.problem.validation,)
+        return Scores(*(score(net, split) for split in splits))
+
+    def macro(self, state: State) -> dict[str, float]:
+        """Scores on the test split, precision, recall and F1 over the classes with them."""
+        return score(self._net(state.params), self.problem.dataset.test, macro=True)
+
+    def local(self, state: State) -> dict[int, dict[str, float]]:
+        """Scores on every client's own training part; a client without samples is left out."""
+        net, given = self._net(state.params), self.problem
+        return {c: score(net, given.samples(c)) for c, part in enumerate(given.parts) if len(part)}
+
+    def steer(self, params: Tree) -> dict[str, float]:
+        """Scores of any parameters on the validation split, the only one that may steer a method."""
+        return score(self._net(params), self.problem.validation)
+
+    def _net(self, params: Tree) -> nn.Module:
+        train = self.problem.dataset.train
+        some = train.subset(torch.arange(min(CALIBRATION, len(train)))) if self.static else None
+        return ready(params, self.problem.model, calibrate=some)
+
+
+def judged(method: Method, judge: Judge) -> Method:
+    """The method with the judge as its scorer, if it is made of parts and has none of its own."""
+    return replace(method, scorer=judge.steer) if isinstance(method, Method) and method.scorer is None else method
 
 
 def static(method: Method, state: State) -> bool:

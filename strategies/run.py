@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prfl import config, masks, store
+from prfl import config, fairness, masks, store
 from prfl.codec import Layout
 from prfl.config import Experiment
 from prfl.interrupt import Gate
 from prfl.tally import Tally
 from prfl.types import State, Task, Transport, Work
-from strategies.judge import Judge
+from strategies.judge import Judge, judged
 from strategies.parts import Parts
 from strategies.server import Scores, Stalled, serve
 
@@ -60,8 +60,8 @@ def learn(
     with gate:
         try:
             serve(
-                parts.method, parts.pacing, transport, state, stop=stop, selector=parts.selector, evaluate=scored,
-                keep=held, log=log,
+                judged(parts.method, judge), parts.pacing, transport, state, stop=stop, selector=parts.selector,
+                evaluate=scored, keep=held, log=log,
             )  # fmt: skip
         except KeyboardInterrupt:
             return kept[0], "interrupted"
@@ -80,11 +80,18 @@ def finish(
     tally: Tally,
     stopped: str | None,
     more: Mapping[str, Any] | None = None,
+    local: Mapping[int, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """The last files of a run folder, model and summary; the summary, with what the caller has `more` to say."""
+    """The last files of a run folder: model, clients, summary. The summary, with what the caller has `more` to say.
+
+    local: the model's scores on every client's own data, where they are here.
+    """
     run.save_model(state.params)
     dense = len(parts.codec.encode_task(Task(0, 0, state.params, masks.DENSE, Work(), 0), layout))
     scores = judge(state)
+    macro = judge.macro(state) if "macro" in experiment.metrics else {}
+    clients = _clients(tally, local or {})
+    run.write("clients.json", {str(client): row for client, row in clients.items()})
     summary = {
         "experiment": experiment.name,
         "method": config.name(experiment.method),
@@ -98,6 +105,7 @@ def finish(
         "failed_updates": tally.failed,
         "test_accuracy": scores.test["accuracy"],
         "test_loss": scores.test["loss"],
+        **{f"test_{name}": macro[name] for name in ("precision", "recall", "f1") if name in macro},
         "validation_accuracy": scores.validation["accuracy"],
         "validation_loss": scores.validation["loss"],
         "best_validation_accuracy": max(tally.best, scores.validation["accuracy"]),
@@ -107,7 +115,11 @@ def finish(
         "bytes_against_dense": (tally.bytes_up + tally.bytes_down) / max(1, 2 * dense * (tally.updates + tally.failed)),
         "mean_density": tally.mean_density,
         "final_density": tally.final_density,
+        "least_covering_index": int(tally.covering_least) if tally.merges else 0,
+        "mean_covering_index": tally.mean_covering,
         "updates_by_class": dict(sorted(tally.trained.items())),
+        "jain_updates": fairness.jain([row["updates"] for row in clients.values()]),
+        **({"local": fairness.local(clients, scores.test["accuracy"])} if local else {}),
         "stopped": stopped,
         "interrupted": stopped == "interrupted",
         "model_sha256": store.model_sha256(state.params),
@@ -116,3 +128,13 @@ def finish(
     }
     run.write("summary.json", summary)
     return summary
+
+
+def _clients(tally: Tally, local: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, Any]]:
+    """Class, updates used, seconds busy and on the radio, and scores of every client."""
+    return {
+        client: {"class": name, "updates": tally.used.get(client, 0)}
+        | {key: known[client] for key, known in (("busy", tally.busy), ("radio", tally.radio)) if client in known}
+        | dict(local.get(client, {}))
+        for client, name in sorted(tally.classes.items())
+    }

@@ -6,10 +6,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from prfl import config, cut, density, merge, saliency
+from prfl import config, cut, density, merge, saliency, valuation
 from prfl.config import ConfigError, Spec
 from prfl.types import Work
-from strategies import fedasync, fedavg, fedbuff, fedfix, fedgmr, fedprox, heterofl, pr_fl
+from strategies import (
+    autoflip,
+    data_value,
+    fedasync,
+    fedavg,
+    fedbuff,
+    feddst,
+    fedfix,
+    fedgmr,
+    fedmp,
+    fedprox,
+    fjord,
+    heterofl,
+    myfed,
+    pr_fl,
+    prunefl,
+    sub_fedavg,
+    syn_fl,
+    unified,
+    up_fl,
+)
 from strategies.method import Method, never, rerank
 
 
@@ -31,6 +51,17 @@ METHODS: dict[str, Row] = {
     "heterofl": Row(heterofl.heterofl, heterofl.PAPER, "sync"),
     "pr_fl": Row(pr_fl.pr_fl, pr_fl.PAPER, "window"),
     "fedgmr": Row(fedgmr.fedgmr, fedgmr.PAPER, "window"),
+    "myfed": Row(myfed.myfed, myfed.PAPER, "one_arrival"),
+    "unified": Row(unified.unified, unified.PAPER, "sync"),
+    "autoflip": Row(autoflip.autoflip, autoflip.PAPER, "sync"),
+    "fedmp": Row(fedmp.fedmp, fedmp.PAPER, "sync"),
+    "data_value": Row(data_value.data_value, data_value.PAPER, "sync"),
+    "up_fl": Row(up_fl.up_fl, up_fl.PAPER, "sync"),
+    "syn_fl": Row(syn_fl.syn_fl, syn_fl.PAPER, "sync"),
+    "prunefl": Row(prunefl.prunefl, prunefl.PAPER, "sync"),
+    "feddst": Row(feddst.feddst, feddst.PAPER, "sync"),
+    "fjord": Row(fjord.fjord, fjord.PAPER, "sync"),
+    "sub_fedavg": Row(sub_fedavg.sub_fedavg, sub_fedavg.PAPER, "sync"),
 }
 
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -39,6 +70,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "merge": merge.TABLE,
     "cut": {"cut": cut.Cut},
     "remask": {"rerank": rerank, "never": never},
+    "valuation": valuation.TABLE,
 }
 
 

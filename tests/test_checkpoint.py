@@ -123,7 +123,9 @@ def test_channels_too(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(merge.TABLE))
 def test_every_merge_continues(name: str, tmp_path: Path) -> None:
-    options = {"inner": merge.TABLE["buff_mask_fed_avg"]()} if name in ("momentum", "adam") else {}
+    options = (
+        {"inner": merge.TABLE["buff_mask_fed_avg"]()} if name in ("momentum", "adam", "by_value", "by_quality") else {}
+    )
     part = merge.TABLE[name](**options)
     resumes(Method(merge=part, density=density.tiers((0.3, 0.6)), work=WORK, remask=rerank(2)), tmp_path)
 
@@ -137,7 +139,8 @@ def test_every_density_continues(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(selector.TABLE))
 def test_every_selector_continues(name: str, tmp_path: Path) -> None:
-    resumes(method("pr_fl"), tmp_path, selector.TABLE[name]())
+    options = {"every": 1} if name == "checkin" else {}
+    resumes(method("pr_fl"), tmp_path, selector.TABLE[name](**options))
 
 
 # Rankings

@@ -418,7 +418,7 @@ def test_shares_outside_0_1_are_refused(share: float) -> None:
         ({"width": "half"}, "width must be one of linear, sqrt, got 'half'"),
         ({"floor": -0.1}, r"floor must be in \[0, 1\], got -0.1"),
         ({"floor": float("nan")}, r"floor must be in \[0, 1\], got nan"),
-        ({"unit": "channels", "spread": "erk"}, "channels are spread by layer, not 'erk'"),
+        ({"unit": "channels", "spread": "erk"}, "channels are spread by layer or model, not 'erk'"),
         ({"skip": "head"}, "skip must be a list of parts of names, got 'head'"),
     ],
 )

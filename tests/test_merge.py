@@ -79,7 +79,7 @@ MASKS = {
     "channels": [channels(kept) for kept in ([0], [0, 2], [0, 2], [0, 1, 2])],
     "mixed": [DENSE, bits(1), channels([1, 3]), bits(2, 0.2)],
 }
-PLAIN = [name for name in TABLE if name not in ("momentum", "adam")]
+PLAIN = [name for name in TABLE if name not in ("momentum", "adam", "by_value", "by_quality")]
 PARTS: dict[str, Merge] = {
     **{name: TABLE[name]() for name in PLAIN},
     **{f"{name}(uniform)": TABLE[name](weigh="uniform") for name in PLAIN if name != "fedasync"},
@@ -93,6 +93,8 @@ PARTS: dict[str, Merge] = {
     "momentum": merge.momentum(merge.masked_mean()),
     "momentum(cache)": merge.momentum(merge.buff_mask_fed_avg()),
     "adam": merge.adam(merge.fed_avg()),
+    "by_value": merge.by_value(merge.masked_mean()),
+    "by_quality": merge.by_quality(merge.masked_mean()),
 }
 
 

@@ -33,9 +33,14 @@ PACINGS: dict[str, Pacing] = {
     "window": window(4, 1.5),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
+    "fedmp": {"valuation": {"name": "loss_decrease", "by": "clients"}},  # needs no judge
     "pr_fl": {"every": 2, "patience": 1},
     "fedgmr": {"every": 2, "patience": 1},
+    "autoflip": {"epochs": 3, "patience": 2, "explorers": 0.5},
     "heterofl": {"head": ["fc2.weight", "fc2.bias"]},
+    "prunefl": {"initial": 2, "passes": 1, "every": 2, "halving": 4, "overhead": 1e-3},
+    "feddst": {"sparsity": 0.5, "rate": 0.4, "every": 2, "end": 8},
+    "sub_fedavg": {"step": 0.2, "target": 0.5, "accuracy": 0.1, "work": {"steps": 6}},
 }
 
 
