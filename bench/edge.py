@@ -147,11 +147,16 @@ def measured(home: Path, port: int, kind: str, sizes: Sequence[str], tasks: int)
     with Relay.to(port) as relay, node(home, kind, relay.port), Memory.watched(kind) as memory:
         wait(lambda: online(home), "the node")
         time.sleep(QUIET)
-        idle: Row = {"processes": len(belonging(MARK, kind)), "idle_pss": memory.latest}
-        at, ticks, of_server, passed = time.monotonic(), cpu(MARK, kind), cpu("PRFL_SERVER", str(home)), relay.total()
+        idle: Row = {"processes": len(belonging(MARK, mark(kind))), "idle_pss": memory.latest}
+        at, ticks, of_server, passed = (
+            time.monotonic(),
+            cpu(MARK, mark(kind)),
+            cpu("PRFL_SERVER", str(home)),
+            relay.total(),
+        )
         time.sleep(QUIET)
         took = time.monotonic() - at
-        idle["idle_cpu"] = (cpu(MARK, kind) - ticks) / took
+        idle["idle_cpu"] = (cpu(MARK, mark(kind)) - ticks) / took
         idle["server_cpu"] = (cpu("PRFL_SERVER", str(home)) - of_server) / took
         idle["idle_bytes"] = (relay.total() - passed) / took
         by_size = {}
@@ -215,8 +220,13 @@ def deployed(home: Path) -> Iterator[tuple[Path, int]]:
 @contextmanager
 def node(home: Path, kind: str, port: int) -> Iterator[None]:
     command = ["deploy", "node", "--home", str(home), "--server", f"127.0.0.1:{port}", "--key", kind, "--client", "0"]
-    with process([*command, *(["--stock"] if kind == "stock" else [])], home / f"{kind}.out", **{MARK: kind}):
+    with process([*command, *(["--stock"] if kind == "stock" else [])], home / f"{kind}.out", **{MARK: mark(kind)}):
         yield
+
+
+def mark(kind: str) -> str:
+    """Ours alone: another bench may run."""
+    return f"{kind}-{os.getpid()}"
 
 
 def online(home: Path) -> bool:
@@ -238,8 +248,8 @@ def process(command: Sequence[str], log: Path, **more: str) -> Iterator[Path]:
         its.terminate()
         with suppress(subprocess.TimeoutExpired):
             its.wait(30)
-        for mark, value in more.items():
-            for pid in belonging(mark, value):
+        for name, value in more.items():
+            for pid in belonging(name, value):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         with suppress(ProcessLookupError):
@@ -255,9 +265,9 @@ def wait(true: Callable[[], bool], what: str, patience: float = 300.0) -> None:
         time.sleep(0.5)
 
 
-def belonging(mark: str, value: str) -> list[int]:
+def belonging(name: str, value: str) -> list[int]:
     """Processes with this in their environment."""
-    wanted, found = f"{mark}={value}".encode(), []
+    wanted, found = f"{name}={value}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
@@ -265,10 +275,10 @@ def belonging(mark: str, value: str) -> list[int]:
     return found
 
 
-def cpu(mark: str, value: str) -> float:
+def cpu(name: str, value: str) -> float:
     """Seconds that these processes and their ended children have used."""
     ticks = 0
-    for pid in belonging(mark, value):
+    for pid in belonging(name, value):
         with suppress(OSError):
             ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -304,7 +314,7 @@ class Memory:
     def _watch(self) -> None:
         while not self.over.wait(LOOK):
             total = 0
-            for pid in belonging(MARK, self.kind):
+            for pid in belonging(MARK, mark(self.kind)):
                 with suppress(OSError):
                     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
                     total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))

@@ -139,6 +139,7 @@ def _work(
             notice = line.insist(lambda: line.fleet.look(node))
         except ValueError as error:
             log.warning("a message was lost: %s", error)
+            line.leaving.wait(KNOCK)
             continue
         if notice is None:
             line.leaving.wait(min(max(poll, EASE * (time.monotonic() - latest)), max(poll, IDLE)))

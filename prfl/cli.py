@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import click
 import typer
@@ -19,11 +19,20 @@ from deploy.cli import app as deploy  # light as well
 
 if TYPE_CHECKING:
     from deploy.home import Home
+    from prfl.sinks import Sinks
+    from prfl.tally import Tally
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(deploy, name="deploy")
 devices_app = typer.Typer()
+
+LOG = Annotated[list[str] | None, typer.Option(metavar="SINK", help="tensorboard, mlflow or wandb; may be repeated.")]
+TARGETS = Annotated[
+    str, typer.Option(metavar="A,A,...", help="Accuracies whose cost is told; default: from the curves.")
+]
+N = TypeVar("N", int, float)
+PROFILES = Annotated[Path | None, typer.Option(metavar="FILE", help="Device profiles whose watts count.")]
 app.add_typer(devices_app, name="devices")
 
 
@@ -42,6 +51,7 @@ def run(
     home: Annotated[Path, typer.Option(metavar="DIR", envvar="PRFL_HOME", help="Of the server, for real devices.")] = (
         HOME
     ),
+    log: LOG = None,
 ) -> None:
     """Run an experiment, in simulation or, where it says devices: real, on the nodes of `prfl deploy server`.
 
@@ -49,12 +59,13 @@ def run(
 
     KEY=VALUE changes a field, as in: prfl run stop.versions=50 method=fedbuff pacing.goal=5
     """
-    from prfl import config, store
+    from prfl import config, sinks, store
     from sim import experiments
 
     path, changes = experiments.chosen(arguments or [])
     experiment = config.load(path, changes)
     folder = store.free(out, experiment.name)
+    told = sinks.Sinks(log or [], folder, config.plain(experiment.model_dump()))
     console = Console(highlight=False)
     parts = (experiment.method, experiment.pacing, experiment.data.set)
     title = "{}, {}, {}, {} clients, seed {}".format(*map(config.name, parts), experiment.data.clients, experiment.seed)
@@ -64,7 +75,7 @@ def run(
         from deploy.home import Home
 
         here = Home.of(home)
-        _followed(here, submit.submit(here, experiment, folder, data_dir), folder)
+        _followed(here, submit.submit(here, experiment, folder, data_dir), folder, told)
         return
 
     from prfl import live
@@ -72,8 +83,9 @@ def run(
     from sim.run import simulate
 
     pool = pools.serial if workers == "serial" else pools.ray(num_workers or os.cpu_count() or 1)
-    with live.Watch(title, experiment.stop.versions, console) as watch:
-        result = simulate(experiment, folder, pool=pool, data_dir=data_dir, watch=watch)
+    with told, live.Watch(title, experiment.stop.versions, console) as watch:
+        result = simulate(experiment, folder, pool=pool, data_dir=data_dir, watch=_both(watch, told))
+        told.ended(result)
     _shown(result, folder)
 
 
@@ -81,20 +93,33 @@ def run(
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     home: Annotated[Path, typer.Option(metavar="DIR", envvar="PRFL_HOME", help="Of the server.")] = HOME,
+    log: LOG = None,
 ) -> None:
     """Go on with a run on real devices that was broken off, or follow one that is under way."""
     from deploy import submit
     from deploy.home import Home
+    from prfl import config, sinks
 
     here = Home.of(home)
+    told = sinks.Sinks(log or [], folder, config.plain(submit.experiment(folder).model_dump()) if log else {})
     number = submit.resume(here, folder)
     if number is None:
         print(f"{folder} has come to its end")
     else:
-        _followed(here, number, folder)
+        _followed(here, number, folder, told)
 
 
-def _followed(home: Home, number: int, folder: Path) -> None:
+def _both(*hearers: Callable[[Mapping[str, Any], Tally], None]) -> Callable[[Mapping[str, Any], Tally], None]:
+    """One that hears every event for all of them."""
+
+    def hear(event: Mapping[str, Any], tally: Tally) -> None:
+        for hearer in hearers:
+            hearer(event, tally)
+
+    return hear
+
+
+def _followed(home: Home, number: int, folder: Path, told: Sinks) -> None:
     """Show a run on real devices until it ends."""
     from deploy import submit
     from prfl import config, live
@@ -105,8 +130,9 @@ def _followed(home: Home, number: int, folder: Path) -> None:
         *map(config.name, (parts.method, parts.pacing, parts.data.set)), parts.seed
     )
     try:
-        with live.Watch(title, parts.stop.versions, Console(highlight=False)) as watch:
-            result = submit.follow(home, number, folder, watch)
+        with told, live.Watch(title, parts.stop.versions, Console(highlight=False)) as watch:
+            result = submit.follow(home, number, folder, _both(watch, told))
+            told.ended(result)
     except KeyboardInterrupt:
         print(f"\nthe run goes on; `prfl resume {folder}` follows it again, `prfl deploy stop {folder}` ends it")
         return
@@ -120,6 +146,79 @@ def _shown(result: Mapping[str, Any], folder: Path) -> None:
     if result["stopped"]:
         _complain(f"{result['stopped']}; {folder} is complete up to version {result['versions']}")
         raise typer.Exit(130 if result["interrupted"] else 1)
+
+
+@app.command()
+def compare(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[EXPERIMENT] [KEY=VALUE]... | RUN...", show_default=False)
+    ] = None,
+    methods: Annotated[str, typer.Option(metavar="A,B,...", help="Methods to run; without it, finished RUNs.")] = "",
+    seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Of the runs.")] = "1,2,3",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Runs and report; default: in runs/.")] = None,
+    workers: Annotated[Literal["ray", "serial"], typer.Option(help="Where clients train.")] = "ray",
+    num_workers: Annotated[int, typer.Option(min=0, metavar="N", help="Ray actors; 0: one a core.")] = 0,
+    usual_pacing: Annotated[bool, typer.Option("--usual-pacing", help="Each method in its paper's pacing.")] = False,
+    targets: TARGETS = "",
+    profiles: PROFILES = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where data sets lie.")] = None,
+) -> None:
+    """Compare methods: run each with every seed on the same data and devices, or take RUNs that there are.
+
+    It goes on where it was broken off, and writes report.html and report.md.
+    """
+    from prfl import api, config, traces
+
+    aims, power = _numbers("targets", targets, float), traces.powers(profiles)
+    if not methods:
+        if not arguments:
+            raise ValueError("compare: --methods A,B,... to run, or the folders of finished runs")
+        print(f"report: {api.gather([Path(a) for a in arguments], out or Path('comparison'), aims, power)}")
+        return
+    from sim import compare as comparing
+    from sim import experiments, pools
+
+    path, changes = experiments.chosen(arguments or [])
+    experiment = config.load(path, changes)
+    folder = comparing.place(experiment, out)
+    todo = comparing.jobs(experiment, comparing.specs(methods), _numbers("seeds", seeds, int), folder, usual_pacing)
+    print(f"{len(todo)} runs: {folder}", flush=True)
+    with pools.kept(0 if workers == "serial" else num_workers or os.cpu_count() or 1) as pool:
+        ended = []
+        for outcome in comparing.run(todo, pool, data_dir):
+            ended.append(outcome)
+            print(f"{len(ended)}/{len(todo)} {outcome}", flush=True)
+    found = api.gathered(ended, folder, aims, power)
+    if found.report:
+        print(f"report: {found.report}")
+    if found.failed:
+        _complain(f"failed: {', '.join(found.failed)}; the same command tries again")
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in RUN.")] = None,
+    targets: TARGETS = "",
+    profiles: PROFILES = None,
+) -> None:
+    """Write a report on one run: a page that is whole by itself, and the same as Markdown beside it."""
+    from prfl import report as reporting
+    from prfl import traces
+
+    file = out or run / "report.html"
+    trace = traces.read(run, traces.powers(profiles))
+    beside = reporting.single(trace, _numbers("targets", targets, float)).write(file)
+    print(f"report: {file} and {beside}")
+
+
+def _numbers(what: str, text: str, kind: Callable[[str], N]) -> list[N]:
+    """Numbers with commas between. Raises ValueError."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--{what}: numbers with commas between are wanted, got {text!r}") from None
 
 
 @app.command()
@@ -157,6 +256,7 @@ def measure(
     home: Annotated[
         Path, typer.Option(metavar="DIR", envvar="PRFL_HOME", help="Holds the server's certificate, ca.crt.")
     ] = Path("~/.prfl"),
+    key: Annotated[str, typer.Option(metavar="NAME", help="The key of this node, which must not run.")] = "",
     stock: Annotated[bool, typer.Option("--stock", help="For Flower's own node, not the warm one.")] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="Of each of some thirty runs.")] = 1.0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: NAME.yaml; what it holds stays.")] = None,
@@ -183,6 +283,7 @@ def measure(
         tester=address(link) if link else None,
         server=address(server, PORT) if server else None,
         ca=home.expanduser() / "ca.crt",
+        key=home.expanduser() / key if key else None,
         stock=stock,
         seconds=seconds,
         say=print,
@@ -224,7 +325,7 @@ def _profiles(rows: Sequence[Mapping[str, Any]]) -> None:
     for d in rows:
         rates = [f"{d['flops'][kind] / 1e9:.1f}" if kind in d["flops"] else "none" for kind in ("conv", "linear")]
         links = [size(d[key]) if key in d else "-" for key in ("memory", "down", "up")]
-        watts = f"{d['watts'].busy:g}" if "watts" in d else "-"
+        watts = f"{d['watts'].busy:g}" if d.get("watts") else "-"
         times = f"{d['startup']:.3g}", f"{1000 * d['step']:.3g}"
         t.add_row(d["name"], *rates, *links, *times, watts, "measured" if d["measured"] else "estimated")
     _wide().print(t)

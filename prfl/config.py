@@ -47,11 +47,13 @@ class Devices(_Section):
 class Real(_Section):
     """Who learns: the nodes of a SuperLink. So many have to be there at the start; others may join later.
 
-    `timeout`: seconds a device has for a task. `poll`: seconds between two looks for answers; they grow with the wait.
+    `wait`: seconds for them to come. `timeout`: seconds a device has for a task. `poll`: seconds between two looks for
+    answers; they grow with the wait.
     """
 
     name: Literal["real"] = "real"
     nodes: int = Field(1, ge=1)
+    wait: float = Field(600.0, gt=0)
     timeout: float = Field(3600.0, gt=0)
     poll: float = Field(0.05, gt=0)
 
@@ -93,6 +95,7 @@ class Experiment(_Section):
     """One run: the same experiment gives the same model to the bit.
 
     The validation split is scored every so many versions (`evaluate_every`), the test split with it or at the end.
+    `metrics`, at the end: precision, recall and F1 (macro); scores on every simulated client's own data (local).
     """
 
     name: str = Field("experiment", pattern=r"^\w[^/\\]*$")
@@ -111,6 +114,7 @@ class Experiment(_Section):
     stop: Stop = Field(default_factory=lambda: Stop(versions=100))
     evaluate_every: int = Field(5, ge=1)
     test: Literal["always", "end"] = "always"
+    metrics: tuple[Literal["macro", "local"], ...] = ("macro", "local")
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Experiment:

@@ -116,6 +116,17 @@ def events(folder: Path) -> Iterator[dict[str, Any]]:
         yield from (event for _, event in _events(log))
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    """What `summary.json` holds. ConfigError: the run has not come to an end, or the file is damaged."""
+    return _json(folder, "summary.json")
+
+
+def clients(folder: Path) -> dict[int, dict[str, Any]]:
+    """What `clients.json` holds, a row for every client; nothing of a run before there was one."""
+    there = (folder / "clients.json").is_file()
+    return {int(client): row for client, row in _json(folder, "clients.json").items()} if there else {}
+
+
 def free(out: Path | None, name: str, root: Path = Path("runs")) -> Path:
     """The folder for a run: `out`, or a new one for this name below `root`. Raises ConfigError where a run lies."""
     if out is None:
@@ -150,6 +161,16 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": {p: _version(p) for p in PACKAGES},
     }
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / name).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no finished run") from None
+    except ValueError as error:
+        raise ConfigError(f"{folder / name}: not JSON: {error}") from None
+    return found
 
 
 def _version(package: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 
@@ -30,6 +31,12 @@ class Tally:
     trained: dict[str, int] = field(default_factory=dict)  # updates used, by device class
     latest: dict[int, float] = field(default_factory=dict)  # latest density, by client
     at_work: set[int] = field(default_factory=set)  # clients whose answer is awaited
+    merges: int = 0
+    covering_sum: int = 0  # of the minimum covering indices of all merges
+    covering_least: float = inf
+    used: dict[int, int] = field(default_factory=dict)  # updates used, by client
+    busy: dict[int, float] = field(default_factory=dict)  # seconds of computing, by client, where they are known
+    radio: dict[int, float] = field(default_factory=dict)  # seconds of sending and receiving, the same
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         self.at = max(self.at, event["at"])
@@ -48,6 +55,9 @@ class Tally:
         self.at_work.discard(e["client"])
         self.bytes_up += e["bytes_up"]
         self.bytes_down += e["bytes_down"]
+        for seconds, name in ((self.busy, "busy"), (self.radio, "radio")):
+            if name in e:
+                seconds[e["client"]] = seconds.get(e["client"], 0.0) + e[name]
         if not e["used"]:
             self.failed += 1
             return
@@ -56,9 +66,13 @@ class Tally:
         self.density_sum += e["density"]
         self.staleness += 0.1 * (e["staleness"] - self.staleness)
         self.trained[name] = self.trained.get(name, 0) + 1
+        self.used[e["client"]] = self.used.get(e["client"], 0) + 1
 
     def _merge(self, e: Mapping[str, Any]) -> None:
         self.version = e["version"]
+        self.merges += 1
+        self.covering_sum += e.get("covering", 0)
+        self.covering_least = min(self.covering_least, e.get("covering", 0))
         if self.drop_late:
             self.at_work.clear()
 
@@ -77,6 +91,11 @@ class Tally:
     def mean_density(self) -> float:
         """Over the updates used."""
         return self.density_sum / max(1, self.updates)
+
+    @property
+    def mean_covering(self) -> float:
+        """Over the merges."""
+        return self.covering_sum / max(1, self.merges)
 
     @property
     def final_density(self) -> float:

@@ -63,9 +63,13 @@ class _Actor:
         sys.path += [place for place in path if place not in sys.path]
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self._run = _fetched(*make)()
+        self.turn(make)
         self._params = lru_cache(maxsize=8)(lambda ref: _tree_in(_fetched(ref)))
         self._mask = lru_cache(maxsize=64)(lambda ref: _mask_in(_fetched(ref)))
+
+    def turn(self, make: tuple[Any]) -> None:
+        """To another training."""
+        self._run = _fetched(*make)()
 
     def train(self, orders: list[_Order]) -> list[_Result]:
         return [self._one(order) for order in orders]
@@ -108,6 +112,22 @@ class Ray:
         self._deaths: dict[int, int] = {}
         self._params: OrderedDict[int, tuple[Tree, Any]] = OrderedDict()
         self._masks: WeakKeyDictionary[Mask, Any] = WeakKeyDictionary()
+
+    def turn(self, make: Callable[[], Run]) -> None:
+        """Go over to another training, with the same actors; what is under way is forgotten."""
+        self.forget()
+        self._make = self._ray.put(make)
+        turned = {n: actor.turn.remote((self._make,)) for n, actor in self._actors.items()}
+        for n, call in turned.items():
+            try:
+                self._ray.get(call)
+            except self._ray.exceptions.RayActorError:
+                self._replace(n, [])
+
+    def forget(self) -> None:
+        """Nobody will ask for any job so far: its number may be used again."""
+        for known in (self._queue, self._out, self._tasks, self._done, self._deaths, self._params):
+            known.clear()
 
     def submit(self, job: int, task: Task) -> None:
         order = _Order(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 
 from clients import local
 from prfl.problem import Problem
+from prfl.types import Task, Update
 from sim.actors import Ray
 from sim.workers import Run, Serial, Workers
 
@@ -27,3 +29,55 @@ def ray(workers: int, address: str | None = None) -> Pool:
 def trainer(given: Problem) -> Run:
     """What a worker does with tasks of this problem; the actors get its data and load none."""
     return local.Local(given).train
+
+
+@contextmanager
+def kept(workers: int) -> Iterator[Pool]:
+    """A pool for run after run, one at a time, on so many Ray actors; 0: in this process."""
+    if not workers:
+        yield serial
+        return
+    with closing(_Kept(workers)) as pool:
+        yield pool
+
+
+class _Kept:
+    """Ray actors that start once, and get data only when it is another's."""
+
+    def __init__(self, workers: int):
+        self._workers = workers
+        self._ray: Ray | None = None
+        self._given: Problem | None = None
+
+    def __call__(self, given: Problem) -> Workers:
+        if self._ray is None:
+            self._ray = Ray(partial(trainer, given), self._workers)
+        elif given is self._given:
+            self._ray.forget()
+        else:
+            self._ray.turn(partial(trainer, given))
+        self._given = given
+        return _Lent(self._ray)
+
+    def close(self) -> None:
+        if self._ray is not None:
+            self._ray.close()
+
+
+class _Lent:
+    """Workers that their run does not end."""
+
+    def __init__(self, workers: Workers):
+        self._workers = workers
+
+    def submit(self, job: int, task: Task) -> None:
+        self._workers.submit(job, task)
+
+    def result(self, job: int) -> Update:
+        return self._workers.result(job)
+
+    def discard(self, job: int) -> None:
+        self._workers.discard(job)
+
+    def close(self) -> None:
+        """The next run may have them."""

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from prfl import checkpoint, problem, store
+from prfl import checkpoint, energy, problem, store
 from prfl.codec import Layout
 from prfl.config import Experiment
+from prfl.problem import Problem
 from prfl.tally import Tally
 from sim import plan
 from sim.pools import Pool, serial
@@ -26,15 +27,17 @@ def simulate(
     pool: Pool = serial,
     data_dir: Path | None = None,
     watch: Watch = lambda event, tally: None,
+    given: Problem | None = None,
 ) -> dict[str, Any]:
     """Run the experiment in virtual time; what `summary.json` holds. Raises ValueError before anything is written.
 
+    given: the experiment's problem, if it is built already.
     A run that stalls or is interrupted ends with its last merge: the folder is complete, `stopped` has the reason.
     A second Ctrl-C raises KeyboardInterrupt and leaves the folder without summary.
     """
     torch.set_num_threads(1)  # the workers have the other cores
     planned = plan.of(experiment)
-    parts, given = planned.parts, problem.build(experiment, data_dir)
+    parts, given = planned.parts, given or problem.build(experiment, data_dir)
     state = plan.start(planned, given)
     layout = Layout.of(state.params, state.architecture.groups)
     tally = Tally(planned.classes, parts.pacing.drop_late)
@@ -53,4 +56,8 @@ def simulate(
         finally:
             run.close()
     checkpoint.save(folder, state, {}, checkpoint.own(experiment))
-    return finish(experiment, parts, layout, state, run, judge, tally, stopped)
+    watts = {device.name: device.watts for device in planned.fleet if device.watts}
+    joules = energy.by_class(planned.classes, tally.busy, tally.radio, tally.at, watts)
+    local = judge.local(state) if "local" in experiment.metrics else {}
+    more = {"joules": joules} if joules else {}
+    return finish(experiment, parts, layout, state, run, judge, tally, stopped, more, local)

@@ -201,7 +201,16 @@ def test_a_run_in_which_everything_fails_is_whole_and_says_why(
 
 def whole(folder: Path) -> dict[str, object]:
     """The summary of a run folder in which nothing is broken or missing."""
-    names = {"config.yaml", "env.json", "events.jsonl", "split.json", "summary.json", "model.safetensors", "state"}
+    names = {
+        "clients.json",
+        "config.yaml",
+        "env.json",
+        "events.jsonl",
+        "split.json",
+        "summary.json",
+        "model.safetensors",
+        "state",
+    }
     assert {p.name for p in folder.iterdir()} == names
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     merges = [e["version"] for e in events if e["kind"] == "merge"]

@@ -1,0 +1,171 @@
+"""The Python door: `from prfl import run, compare`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from prfl import config, report, store, traces
+from prfl.config import ConfigError, Experiment, Spec
+from prfl.energy import Watts
+
+if TYPE_CHECKING:
+    from sim.compare import Outcome
+    from sim.pools import Pool
+
+Workers = str | int
+"""Where clients train: "ray" (an actor a core), so many Ray actors, or "serial" (in this process)."""
+
+
+@dataclass(frozen=True)
+class Result(Mapping[str, Any]):
+    """What `summary.json` of a run holds, and the `folder` it lies in."""
+
+    folder: Path
+    summary: Mapping[str, Any] = field(repr=False)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.summary[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.summary)
+
+    def __len__(self) -> int:
+        return len(self.summary)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs by method, in the order of their seeds; `failed`: what came to nothing, and why. `report`: the page."""
+
+    folder: Path
+    runs: Mapping[str, Sequence[Result]]
+    failed: Mapping[str, str]
+    report: Path | None
+
+
+def run(
+    experiment: str | Path = "default",
+    changes: Mapping[str, Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    workers: Workers = "ray",
+    data_dir: str | Path | None = None,
+) -> Result:
+    """Simulate an experiment, a YAML file or the name of one that ships, with `changes` as {"method": "fedbuff"}.
+
+    `out`: the run's folder; None: a new one in `runs/`. Raises ConfigError, a ValueError, for what can not be run.
+
+    >>> run("default", {"stop.versions": 1, "work.steps": 1}, workers="serial", out=folder / "one")["versions"]
+    1
+    """
+    from sim.run import simulate
+
+    chosen = _experiment(experiment, changes)
+    folder = store.free(None if out is None else Path(out), chosen.name)
+    return Result(folder, simulate(chosen, folder, pool=_pool(workers), data_dir=_path(data_dir)))
+
+
+def compare(
+    experiment: str | Path = "default",
+    changes: Mapping[str, Any] | None = None,
+    *,
+    methods: Sequence[Spec],
+    seeds: Sequence[int] = (1, 2, 3),
+    out: str | Path | None = None,
+    workers: Workers = "ray",
+    usual_pacing: bool = False,
+    targets: Sequence[float] = (),
+    data_dir: str | Path | None = None,
+) -> Comparison:
+    """Run every method with every seed, on one pool of workers, and write `report.html` and `report.md` to `out`.
+
+    What has been run there is not run again. `usual_pacing`: each method in the pacing of its paper, not the
+    experiment's. `targets`: accuracies whose cost is told. Raises ConfigError before anything is run.
+    """
+    from sim import compare as comparing
+    from sim import pools
+
+    chosen = _experiment(experiment, changes)
+    folder = comparing.place(chosen, _path(out))
+    todo = comparing.jobs(chosen, methods, seeds, folder, usual_pacing)
+    with pools.kept(_count(workers)) as pool:
+        ended = list(comparing.run(todo, pool, _path(data_dir)))
+    return gathered(ended, folder, targets)
+
+
+def gathered(
+    ended: Sequence[Outcome],
+    folder: Path,
+    targets: Sequence[float] = (),
+    watts: Mapping[str, Watts] | None = None,
+) -> Comparison:
+    """The comparison that these jobs came to, with its report in the folder, if there is a run to report on."""
+    groups: dict[str, list[traces.Trace]] = {}
+    for outcome in ended:
+        if outcome.summary is not None:
+            groups.setdefault(outcome.job.label, []).append(traces.read(outcome.job.folder, watts))
+    failed = {f"{o.job.label}, seed {o.job.experiment.seed}": o.reason for o in ended if o.summary is None}
+    page = None
+    if groups:
+        page = folder / "report.html"
+        told = [f"Failed: {run} ({reason})." for run, reason in failed.items()]
+        report.make(groups, _title(ended[0].job.experiment.name, groups), targets, told).write(page)
+    runs = {label: [Result(t.folder, t.summary) for t in found] for label, found in groups.items()}
+    return Comparison(folder, runs, failed, page)
+
+
+def gather(
+    folders: Sequence[Path], out: Path, targets: Sequence[float] = (), watts: Mapping[str, Watts] | None = None
+) -> Path:
+    """The report on finished runs, simulated or real, or on all below these folders. Raises ConfigError."""
+    groups = traces.grouped([traces.read(folder, watts) for folder in traces.expand(folders)])
+    names = {str(t.config["name"]) for found in groups.values() for t in found}
+    page = out / "report.html"
+    report.make(groups, _title(", ".join(sorted(names)), groups), targets).write(page)
+    return page
+
+
+def _title(name: str, groups: Mapping[str, Sequence[traces.Trace]]) -> str:
+    return f"{name}: {' and '.join(groups) if len(groups) < 3 else f'{len(groups)} methods'}"
+
+
+def _experiment(experiment: str | Path, changes: Mapping[str, Any] | None) -> Experiment:
+    from sim import experiments
+
+    overrides = [f"{key}={_yaml(value)}" for key, value in (changes or {}).items()]
+    return config.load(experiments.path(str(experiment)), overrides)
+
+
+def _yaml(value: Any) -> str:
+    try:
+        return yaml.safe_dump(config.plain(value), default_flow_style=True, width=10**9).removesuffix("...\n").strip()
+    except yaml.YAMLError:
+        raise ConfigError(f"{value!r} is no value of an experiment") from None
+
+
+def _pool(workers: Workers) -> Pool:
+    from sim import pools
+
+    count = _count(workers)
+    return pools.ray(count) if count else pools.serial
+
+
+def _count(workers: Workers) -> int:
+    """Ray actors; 0 for none."""
+    if workers == "serial":
+        return 0
+    if workers == "ray":
+        return os.cpu_count() or 1
+    if type(workers) is int and workers > 0:
+        return workers
+    raise ConfigError(f'workers: "ray", "serial" or a number of Ray actors, got {workers!r}')
+
+
+def _path(folder: str | Path | None) -> Path | None:
+    return None if folder is None else Path(folder)
