@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from prfl import density, merge
 from prfl.cut import Cut
@@ -15,7 +16,7 @@ PAPER = "Zhou et al., NeurIPS 2023, arXiv 2310.08670"
 
 def unified(
     masks: Masks = quarters(),
-    unit: str = "weights",
+    unit: Literal["weights", "channels"] = "weights",
     fixed: bool = False,
     skip: tuple[str, ...] = (),
     work: Work = Work(),
@@ -29,7 +30,7 @@ def unified(
     """
     return Method(
         density=density.constant(1.0),
-        cut=Cut(unit, skip=skip),  # type: ignore[arg-type]
+        cut=Cut(unit, skip=skip),
         merge=merge.heterofl(),
         work=work,
         remask=never() if fixed else rerank(),
