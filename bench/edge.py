@@ -178,7 +178,7 @@ def measured(home: Path, port: int, kind: str, sizes: Sequence[str], tasks: int)
 
 def ran(home: Path, hidden: Sequence[int], tasks: int) -> list[Row]:
     """A run of the ServerApp above."""
-    from deploy import processes
+    from deploy import admission, processes
     from deploy.home import Home
 
     where, folder, out = Home.of(home), home / "edge", home / f"{time.time_ns()}.json"
@@ -190,10 +190,11 @@ def ran(home: Path, hidden: Sequence[int], tasks: int) -> list[Row]:
     told = processes.flwr(where, "run", str(folder), processes.CONNECTION, "--run-config", settings)
 
     def over() -> bool:
-        (found,) = processes.flwr(where, "ls", "--run-id", str(told["run-id"]))["runs"]
-        if found["status"] in ("finished:failed", "finished:stopped"):
-            raise RuntimeError((home / "logs" / "superexec.log").read_text()[-3000:])
-        return out.exists() and found["status"].startswith("finished")
+        with admission.connected(where) as link:
+            state, how = link.run(int(told["run-id"]))
+        if state == "finished" and not out.exists():
+            raise RuntimeError(f"the run ended: {how}")
+        return state == "finished"
 
     wait(over, "the run")
     found: list[Row] = json.loads(out.read_text())

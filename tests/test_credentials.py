@@ -180,7 +180,7 @@ MISTAKES = {
         ["node", "--server", "h:1", "--client", "0", "--key", "pi", "--own", ".", "--data", "."],
         "--data and --own exclude each other",
     ),
-    "no run": (["status", "nowhere"], "nowhere is no run folder"),
+    "no run": (["status", "nowhere"], "nowhere holds no run"),
 }
 
 
