@@ -21,8 +21,8 @@ def serial(given: Problem) -> Workers:
     return Serial(trainer(given))
 
 
-def ray(workers: int, address: str | None = None) -> Pool:
-    """Training on so many Ray actors, of a cluster of our own or the one at `address`."""
+def ray(workers: int = 0, address: str | None = None) -> Pool:
+    """Training on so many Ray actors, 0: one a CPU, of a cluster of our own or the one at `address`."""
     return lambda given: Ray(partial(trainer, given), workers, address)
 
 
@@ -32,26 +32,26 @@ def trainer(given: Problem) -> Run:
 
 
 @contextmanager
-def kept(workers: int) -> Iterator[Pool]:
-    """A pool for run after run, one at a time, on so many Ray actors; 0: in this process."""
-    if not workers:
+def kept(workers: int | None, address: str | None = None) -> Iterator[Pool]:
+    """A pool for run after run, one at a time, on so many Ray actors, 0: one a CPU; None: in this process."""
+    if workers is None:
         yield serial
         return
-    with closing(_Kept(workers)) as pool:
+    with closing(_Kept(workers, address)) as pool:
         yield pool
 
 
 class _Kept:
     """Ray actors that start once, and get data only when it is another's."""
 
-    def __init__(self, workers: int):
-        self._workers = workers
+    def __init__(self, workers: int, address: str | None):
+        self._workers, self._address = workers, address
         self._ray: Ray | None = None
         self._given: Problem | None = None
 
     def __call__(self, given: Problem) -> Workers:
         if self._ray is None:
-            self._ray = Ray(partial(trainer, given), self._workers)
+            self._ray = Ray(partial(trainer, given), self._workers, self._address)
         elif given is self._given:
             self._ray.forget()
         else:
