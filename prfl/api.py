@@ -15,7 +15,7 @@ from prfl.energy import Watts
 
 if TYPE_CHECKING:
     from sim.compare import Outcome
-    from sim.pools import Pool
+    from sim.pools import Place
 
 Workers = str | int
 """Where clients train: "ray" (an actor a core), so many Ray actors, or "serial" (in this process).
@@ -71,7 +71,7 @@ def run(
 
     chosen = _experiment(experiment, changes)
     folder = store.free(None if out is None else Path(out), chosen.name)
-    return Result(folder, simulate(chosen, folder, pool=_pool(workers, ray_address), data_dir=_path(data_dir)))
+    return Result(folder, simulate(chosen, folder, pool=_place(workers, ray_address), data_dir=_path(data_dir)))
 
 
 def compare(
@@ -98,7 +98,7 @@ def compare(
     chosen = _experiment(experiment, changes)
     folder = comparing.place(chosen, _path(out))
     todo = comparing.jobs(chosen, methods, seeds, folder, usual_pacing)
-    with pools.kept(_count(workers), ray_address) as pool:
+    with pools.kept(_place(workers, ray_address)) as pool:
         ended = list(comparing.run(todo, pool, _path(data_dir)))
     return gathered(ended, folder, targets)
 
@@ -153,21 +153,13 @@ def _yaml(value: Any) -> str:
         raise ConfigError(f"{value!r} is no value of an experiment") from None
 
 
-def _pool(workers: Workers, address: str | None) -> Pool:
-    from sim import pools
+def _place(workers: Workers, address: str | None) -> Place:
+    from sim.pools import Place
 
-    count = _count(workers)
-    return pools.serial if count is None else pools.ray(count, address)
-
-
-def _count(workers: Workers) -> int | None:
-    """Ray actors; 0 for one a core, None for none."""
-    if workers == "serial":
-        return None
-    if workers == "ray":
-        return 0
+    if workers in ("serial", "ray"):
+        return Place(None if workers == "serial" else 0, address)
     if type(workers) is int and workers > 0:
-        return workers
+        return Place(workers, address)
     raise ConfigError(f'workers: "ray", "serial" or a number of Ray actors, got {workers!r}')
 
 

@@ -89,7 +89,7 @@ def run(
     from sim import pools  # torch comes with them, after the first line
     from sim.run import simulate
 
-    pool = pools.serial if workers == "serial" else pools.ray(num_workers, ray_address)
+    pool = pools.Place(None if workers == "serial" else num_workers, ray_address)
     with told, live.Watch(title, experiment.stop.versions, console) as watch:
         result = simulate(experiment, folder, pool=pool, data_dir=data_dir, watch=_both(watch, told))
         told.ended(result)
@@ -191,7 +191,7 @@ def compare(
     folder = comparing.place(experiment, out)
     todo = comparing.jobs(experiment, comparing.specs(methods), _numbers("seeds", seeds, int), folder, usual_pacing)
     print(f"{len(todo)} runs: {folder}", flush=True)
-    with pools.kept(None if workers == "serial" else num_workers, ray_address) as pool:
+    with pools.kept(pools.Place(None if workers == "serial" else num_workers, ray_address)) as pool:
         ended = []
         for outcome in comparing.run(todo, pool, data_dir):
             ended.append(outcome)

@@ -26,6 +26,7 @@ from strategies.server import Stalled
 
 PATIENCE = 120.0  # seconds without any worker, after which a run ends
 SMALL = 2**16  # bytes of tensors that are cheaper sent with every batch than stored: storing takes a millisecond
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # the empty frame that opens HTTP/2, both ways
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ def _started(workers: int, address: str | None) -> tuple[Any, bool]:
 
 
 def _check(address: str) -> None:
-    """Raises ConfigError where nothing listens, which Ray tries to reach for a minute."""
+    """Raises ConfigError where no gRPC server answers at once; Ray would try for minutes."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -300,7 +301,11 @@ def _check(address: str) -> None:
             f"a Ray cluster's address is HOST:PORT, as `ray start --head` says it, or auto; got {address!r}"
         )
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        with socket.create_connection((host, int(port)), timeout=10) as link:
+            if os.environ.get("RAY_USE_TLS") != "1":
+                link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS)
+                if link.recv(9)[3:4] != SETTINGS[3:4]:
+                    raise ConnectionError("what listens there is something else")
     except (OSError, OverflowError) as error:
         raise ConfigError(f"no Ray cluster at {address} ({error}); `ray start --head` starts one") from error
 

@@ -34,7 +34,7 @@ def small(*more: str) -> Experiment:
 
 
 def ended(todo: list[compare.Job], workers: int | None = None) -> list[compare.Outcome]:
-    with pools.kept(workers) as pool:
+    with pools.kept(pools.Place(workers)) as pool:
         return list(compare.run(todo, pool))
 
 
