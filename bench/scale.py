@@ -17,7 +17,7 @@ from prfl.types import Architecture, State, Task, Update
 from sim.devices import Device
 from sim.network import links
 from sim.transport import VirtualTransport
-from sim.workers import Serial
+from sim.workers import Serial, singly
 from strategies import table
 from strategies.pacing import buffered
 from strategies.server import serve
@@ -36,7 +36,7 @@ def measure(method: str, devices: int, arrivals: int, in_flight: int) -> dict[st
     architecture = Architecture(macs={"weight": 1.0})
     fleet = [Device("d", {"linear": 1e6 * (1 + c % 7)}, 2**30, 1e6, 1e6) for c in range(devices)]
     transport = VirtualTransport(
-        fleet, [20] * devices, Serial(nothing), links(), Codec(), Layout.of(PARAMS), architecture
+        fleet, [20] * devices, Serial(singly(nothing)), links(), Codec(), Layout.of(PARAMS), architecture
     )
     m = table.method(method, WORK)
     goal, counted, memory = 10, 0, list[float]()

@@ -12,19 +12,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
+from math import ceil, inf
+from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from clients import memory
 from prfl.config import ConfigError
 from prfl.masks import Mask
 from prfl.types import Task, Tree, Update, Work
-from sim.workers import TRIES, Failed, Run, attempt
+from sim.workers import TRIES, Failed, Run, settled
 from strategies.server import Stalled
 
 PATIENCE = 120.0  # seconds without any worker, after which a run ends
+SPAN, MOST = 0.1, 64  # seconds that a batch of tasks should take, and tasks of one
 SMALL = 2**16  # bytes of tensors that are cheaper sent with every batch than stored: storing takes a millisecond
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # the empty frame that opens HTTP/2, both ways
 
@@ -66,6 +70,7 @@ class _Actor:
         """`path`: where the driver finds modules. `make` comes in a tuple, or Ray would read it before that is set."""
         sys.path += [place for place in path if place not in sys.path]
         torch.set_num_threads(1)
+        memory.hold()
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self.turn(make)
         self._params = lru_cache(maxsize=8)(lambda ref: _tree_in(_fetched(ref)))
@@ -81,19 +86,25 @@ class _Actor:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def train(self, orders: list[_Order]) -> list[_Result]:
-        return [self._one(order) for order in orders]
+    def train(self, orders: list[_Order]) -> tuple[list[_Result], float]:
+        """The results, and the seconds it took."""
+        began = perf_counter()
+        tasks = [
+            Task(o.client, o.version, self._params(o.params), self._mask(o.mask), o.work, o.seed, o.density)
+            for o in orders
+        ]
+        done = [_result(o.job, task, u) for o, task, u in zip(orders, tasks, self._run(tasks), strict=True)]
+        return done, perf_counter() - began
 
-    def _one(self, o: _Order) -> _Result:
-        mask = self._mask(o.mask)
-        task = Task(o.client, o.version, self._params(o.params), mask, o.work, o.seed, o.density)
-        try:
-            u = attempt(self._run, task)
-        except Failed as reason:
-            return _Result(o.job, None, None, str(reason))
-        signal = None if u.signal is None else _tree_out(u.signal)
-        own = None if u.mask is mask else _mask_out(u.mask)
-        return _Result(o.job, (u.weight, dict(u.metrics), _tree_out(u.delta), signal), own)
+
+def _result(job: int, task: Task, ended: Update | Exception) -> _Result:
+    try:
+        u = settled(ended)
+    except Failed as reason:
+        return _Result(job, None, None, str(reason))
+    signal = None if u.signal is None else _tree_out(u.signal)
+    own = None if u.mask is task.mask else _mask_out(u.mask)
+    return _Result(job, (u.weight, dict(u.metrics), _tree_out(u.delta), signal), own)
 
 
 def _fetched(ref: Any) -> Any:
@@ -105,10 +116,10 @@ def _fetched(ref: Any) -> Any:
 class Ray:
     """A pool of Ray actors of one thread each, spread over the nodes.
 
-    Tasks go out as soon as an actor has room and in batches when they queue up, so that small tasks do not pay a call
-    each. A dead actor is replaced and its tasks run again elsewhere, with the same result; one that finds no place, as
-    after the death of a node, gets no task until there is one. `nodes[actor]`: the Ray node of each that is at work.
-    `make` goes into the object store, with all that it holds; every actor calls it once, for its training.
+    Tasks go out when a result is asked for, in batches of `SPAN` seconds: small ones do not pay a call each, and may be
+    trained at once. A dead actor is replaced and its tasks run again elsewhere, with the same result; one that finds no
+    place, as after the death of a node, gets no task until there is one. `nodes[actor]`: the Ray node of each that is
+    at work. `make` goes into the object store, with all that it holds; every actor calls it once, for its training.
     workers: 0 for one a CPU. address: of a Ray cluster, None for one of our own. Raises ConfigError.
     """
 
@@ -120,6 +131,7 @@ class Ray:
         self._actors: dict[int, Any] = {}
         self._coming: dict[Any, tuple[int, Any]] = {}  # call -> actor that has not come up yet
         self._stillborn = 0  # actors in a row that died before they came up
+        self._pace = inf  # seconds that a task takes, lately
         self.nodes: dict[int, str] = {}
         self._queue: deque[_Order] = deque()
         self._out: dict[Any, tuple[int, list[_Order]]] = {}  # call -> actor, orders
@@ -157,10 +169,10 @@ class Ray:
             task.seed, task.density,
         )  # fmt: skip
         self._tasks[job] = task
-        self._queue.append(order)
-        self._dispatch()
+        self._queue.append(order)  # it goes out with the others that are sent now
 
     def result(self, job: int) -> Update:
+        self._dispatch()
         while job not in self._done:
             self._collect()
         done, task = self._done.pop(job), self._tasks.pop(job)
@@ -190,7 +202,8 @@ class Ray:
             idlest = min(load, key=lambda n: load[n])
             if load[idlest] >= 2:  # one batch at work, one waiting: the actor never idles and the queue stays ours
                 return
-            size = max(1, min(32, len(self._queue) // (2 * len([*self._actors, *self._coming]))))
+            room = 2 * len([*self._actors, *self._coming]) - len(self._out)
+            size = max(1, min(ceil(len(self._queue) / room), int(SPAN / self._pace), MOST))
             orders = [self._queue.popleft() for _ in range(size)]
             self._out[self._actors[idlest].train.remote(orders)] = (idlest, orders)
 
@@ -211,9 +224,9 @@ class Ray:
                 continue
             actor, orders = self._out.pop(call)
             try:
-                for result in self._ray.get(call):
-                    if result.job in self._tasks:
-                        self._done[result.job] = result
+                results, seconds = self._ray.get(call)
+                self._pace = seconds / len(results) if self._pace == inf else (self._pace + seconds / len(results)) / 2
+                self._done.update({result.job: result for result in results if result.job in self._tasks})
             except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError):
                 self._replace(actor, orders)
         self._dispatch()

@@ -40,7 +40,7 @@ class Place:
 
 def trainer(given: Problem) -> Run:
     """What a worker does with tasks of this problem; the actors get its data and load none."""
-    return local.Local(given).train
+    return local.Local(given).train_all
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from prfl.store import model_sha256
 from prfl.types import Task, Update
 from sim import pools
 from sim.actors import Ray
-from sim.workers import Failed, Serial, Workers
+from sim.workers import Failed, Run, Serial, Workers, singly
 from strategies.pacing import sync
 from strategies.server import Stalled, serve
 
@@ -32,7 +32,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def make(fatal: str = "") -> Callable[[Task], Update]:
+def make(fatal: str = "") -> Run:
     """A worker's training. Client 1 kills its worker: once, leaving a mark in the folder `fatal`, or "always"."""
     world = World()
 
@@ -45,7 +45,7 @@ def make(fatal: str = "") -> Callable[[Task], Update]:
                 os._exit(1)
         return world.run(task)
 
-    return run
+    return singly(run)
 
 
 def played(workers: Workers, name: str, pacing: str = "buffered", versions: int = 6) -> tuple[str, list[str]]:
@@ -138,7 +138,7 @@ def test_an_error_in_training_is_one_line() -> None:
     def run(task: Task) -> Update:
         raise ValueError("first\nsecond")
 
-    workers = Serial(run)
+    workers = Serial(singly(run))
     workers.submit(0, None)  # type: ignore[arg-type]
     with pytest.raises(Failed, match=r"^first$"):
         workers.result(0)
