@@ -73,7 +73,7 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
                 held = regrow.regrown(held, now, _named(weights, gradients), work.regrow)
                 for k, mask in shut.items():
                     mask.copy_(held.bits[k])
-            descend(gradients)
+            descend(gradients, None)
             if step == passed:
                 first = {k: held.gather(k, v.data).clone() for k, v in local.items()}
             losses.append(loss.detach())
