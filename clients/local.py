@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clients import train
+from clients import accelerator, train
 from prfl import models, problem
 from prfl.config import Experiment
 from prfl.data import Samples
@@ -19,21 +19,25 @@ from prfl.types import Task, Tree, Update
 
 
 class Local:
-    """`samples(client)`: what that client trains on. `params`: the model's entries, for their names and shapes."""
+    """`samples(client)`: what that client trains on. `params`: the model's entries, for their names and shapes.
 
-    def __init__(self, given: Problem):
+    device: what it trains on, as `accelerator.found` knows it. Raises ConfigError.
+    """
+
+    def __init__(self, given: Problem, device: str = "cpu"):
+        self._device = accelerator.found(device)
         self.model: nn.Module = given.model
         self.params: Tree = models.values(given.model)
         self._clients = len(given.parts)
         self._samples: Callable[[int], Samples] = lru_cache(maxsize=256)(given.samples)
 
     @staticmethod
-    def of(experiment: Experiment, folder: Path | None = None, own: bool = False) -> Local:
+    def of(experiment: Experiment, folder: Path | None = None, own: bool = False, device: str = "cpu") -> Local:
         """Built from an experiment and the folder where data sets lie; `own`: all that lies there is this device's.
 
         Without `own` the device cuts its part out as the simulation does, which takes the partitioners of `prfl[sim]`.
         """
-        return Local(problem.build(undivided(experiment) if own else experiment, folder))
+        return Local(problem.build(undivided(experiment) if own else experiment, folder), device)
 
     def samples(self, client: int) -> Samples:
         """A client's training samples. Raises ValueError for one that the experiment does not have."""
@@ -43,7 +47,7 @@ class Local:
 
     def train(self, task: Task) -> Update:
         """The task's update."""
-        return train.train(task, self.model, self.samples(task.client))
+        return train.train(task, self.model, self.samples(task.client), self._device)
 
 
 def undivided(experiment: Experiment) -> Experiment:
