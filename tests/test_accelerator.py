@@ -39,7 +39,7 @@ WORKS = {
     "dense gradient": ("channels", replace(SHORT, report="gradient", scope="all", window="last")),
     "change": ("weights", replace(SHORT, report="change", scope="all", normalise=True)),
     "regrow": ("weights", replace(SHORT, regrow=0.3)),
-    "rungs": ("channels", replace(SHORT, rungs=4, distil=True)),
+    "rungs": ("channels", replace(SHORT, steps=9, rungs=8, distil=True)),
     "personal": ("weights", Work(epochs=2, batch=8, prune=0.2, prune_to=0.1, prune_apart=-1, prune_accuracy=-1)),
     "personal channels": ("channels", Work(epochs=2, batch=8, prune_channels=0.3, channels_to=0.1, holdout=0.2)),
 }
