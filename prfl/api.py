@@ -21,6 +21,7 @@ Workers = str | int
 """Where clients train: "ray" (an actor a core), so many Ray actors, or "serial" (in this process).
 
 `ray_address`: HOST:PORT of a Ray cluster that runs already, or "auto" for this machine's; None: one of our own.
+`device`: what they train on, "cpu" or "cuda"; `gpus`: with cuda, the share of a GPU that each actor takes.
 """
 
 
@@ -58,6 +59,8 @@ def run(
     out: str | Path | None = None,
     workers: Workers = "ray",
     ray_address: str | None = None,
+    device: str = "cpu",
+    gpus: float = 1.0,
     data_dir: str | Path | None = None,
 ) -> Result:
     """Simulate an experiment, a YAML file or the name of one that ships, with `changes` as {"method": "fedbuff"}.
@@ -71,7 +74,9 @@ def run(
 
     chosen = _experiment(experiment, changes)
     folder = store.free(None if out is None else Path(out), chosen.name)
-    return Result(folder, simulate(chosen, folder, pool=_place(workers, ray_address), data_dir=_path(data_dir)))
+    return Result(
+        folder, simulate(chosen, folder, pool=_place(workers, ray_address, device, gpus), data_dir=_path(data_dir))
+    )
 
 
 def compare(
@@ -83,6 +88,8 @@ def compare(
     out: str | Path | None = None,
     workers: Workers = "ray",
     ray_address: str | None = None,
+    device: str = "cpu",
+    gpus: float = 1.0,
     usual_pacing: bool = False,
     targets: Sequence[float] = (),
     data_dir: str | Path | None = None,
@@ -98,7 +105,7 @@ def compare(
     chosen = _experiment(experiment, changes)
     folder = comparing.place(chosen, _path(out))
     todo = comparing.jobs(chosen, methods, seeds, folder, usual_pacing)
-    with pools.kept(_place(workers, ray_address)) as pool:
+    with pools.kept(_place(workers, ray_address, device, gpus)) as pool:
         ended = list(comparing.run(todo, pool, _path(data_dir)))
     return gathered(ended, folder, targets)
 
@@ -153,13 +160,13 @@ def _yaml(value: Any) -> str:
         raise ConfigError(f"{value!r} is no value of an experiment") from None
 
 
-def _place(workers: Workers, address: str | None) -> Place:
+def _place(workers: Workers, address: str | None, device: str, gpus: float) -> Place:
     from sim.pools import Place
 
     if workers in ("serial", "ray"):
-        return Place(None if workers == "serial" else 0, address)
+        return Place(None if workers == "serial" else 0, address, device, gpus)
     if type(workers) is int and workers > 0:
-        return Place(workers, address)
+        return Place(workers, address, device, gpus)
     raise ConfigError(f'workers: "ray", "serial" or a number of Ray actors, got {workers!r}')
 
 
