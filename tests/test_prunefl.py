@@ -23,7 +23,8 @@ from prfl.reconfiguration import gainful, reconfigured
 from prfl.types import Architecture, Arrival, State, Task, Tree, Update, Work
 from strategies.pacing import sync
 from strategies.pr_fl import seconds
-from strategies.prunefl import Reached, prunefl
+from strategies.prunefl import prunefl
+from strategies.reconfigure import Reached
 
 
 def ratio(kept: Tree, g2: Tree, t: Mapping[str, float], constant: float) -> float:
