@@ -15,7 +15,7 @@ PAPER = "Jiang et al., TNNLS 2022, arXiv 1909.12326"
 
 
 def prunefl(
-    first: int = 0,
+    first: int | str = 0,
     initial: int = 20,
     passes: int = 50,
     begin: float = 0.15,
@@ -36,11 +36,13 @@ def prunefl(
     multiply-adds, for any model (`strategies.pr_fl`). Also ours: clients report with the tasks of the last `listen`
     versions before a decision (0: all, as much as published, but sent each time and not once); in stage 1 the squared
     sum over its passes, where the reference sums squares of steps; `initial`, the versions it may take (0: no stage 1);
-    all data of that client. `first`: its number; if it is away, who is there. `densest`: no denser than this.
+    all data of that client. `first`: its number, or a device class whose first client it is; if it is away, who is
+    there. `densest`: no denser than this.
     """
     for name, value in (("part", part), ("begin", begin)):
         fraction("prunefl", name, value)
-    for name, value, bound in (("first", first, 0), ("initial", initial, 0), ("listen", listen, 0)):
+    number = 0 if isinstance(first, str) else first
+    for name, value, bound in (("first", number, 0), ("initial", initial, 0), ("listen", listen, 0)):
         least("prunefl", name, value, bound)
     for name, value in (("passes", passes), ("every", every), ("halving", halving), ("overhead", overhead)):
         positive("prunefl", name, value)

@@ -49,14 +49,18 @@ class reached:
 
 @dataclass(frozen=True)
 class leader:
-    """Stage 1: the first client, or who is there in its place, and nobody beside it."""
+    """Stage 1: the first client, or who is there in its place, and nobody beside it.
 
-    first: int
+    first: its number, or a device class whose first client it is.
+    """
+
+    first: int | str
 
     def __call__(self, state: State, idle: Sequence[int], busy: int) -> Sequence[int]:
         if not state.density.alone or not idle:
             return idle
-        return [] if busy else [self.first if self.first in idle else idle[0]]
+        wanted = [c for c in idle if self.first in (c, state.classes.get(c))]
+        return [] if busy else [*wanted, *idle][:1]
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,14 @@ def test_stage_one_waits_for_its_accuracy_and_ends_when_it_is_calm() -> None:
     assert {m.keep for m in calm} == {1.0}
 
 
+def test_the_first_client_may_be_one_of_a_device_class() -> None:
+    world = World()
+    for name in set(world.classes.values()):
+        _, events = played(world, method("prunefl", first=name, initial=2, begin=0.0), sync(3), versions=3)
+        wanted = min(c for c, known in world.classes.items() if known == name)
+        assert [e["client"] for e in of_kind(events, "send")][:2] == [wanted, wanted]
+
+
 def test_the_first_client_may_be_away() -> None:
     world = World()
     fleet = [replace(d, availability=((1e6, 2e6),), period=1e9) if c == 0 else d for c, d in enumerate(world.fleet)]
