@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,11 +123,8 @@ def gathered(
         if outcome.summary is not None:
             groups.setdefault(outcome.job.label, []).append(traces.read(outcome.job.folder, watts))
     failed = {f"{o.job.label}, seed {o.job.experiment.seed}": o.reason for o in ended if o.summary is None}
-    page = None
-    if groups:
-        page = folder / "report.html"
-        told = [f"Failed: {run} ({reason})." for run, reason in failed.items()]
-        report.make(groups, _title(ended[0].job.experiment.name, groups), targets, told).write(page)
+    told = [f"Failed: {run} ({reason})." for run, reason in failed.items()]
+    page = _reported(groups, ended[0].job.experiment.name, folder, targets, told) if groups else None
     runs = {label: [Result(t.folder, t.summary) for t in found] for label, found in groups.items()}
     return Comparison(folder, runs, failed, page)
 
@@ -137,8 +135,21 @@ def gather(
     """The report on finished runs, simulated or real, or on all below these folders. Raises ConfigError."""
     groups = traces.grouped([traces.read(folder, watts) for folder in traces.expand(folders)])
     names = {str(t.config["name"]) for found in groups.values() for t in found}
-    page = out / "report.html"
-    report.make(groups, _title(", ".join(sorted(names)), groups), targets).write(page)
+    return _reported(groups, ", ".join(sorted(names)), out, targets)
+
+
+def _reported(
+    groups: Mapping[str, Sequence[traces.Trace]],
+    name: str,
+    folder: Path,
+    targets: Sequence[float],
+    told: Sequence[str] = (),
+) -> Path:
+    """The report's page, written with what goes beside it, the summaries of all runs among it."""
+    page = folder / "report.html"
+    report.make(groups, _title(name, groups), targets, told).write(page)
+    summaries = {label: [t.summary for t in found] for label, found in groups.items()}
+    (folder / "summaries.json").write_text(json.dumps(summaries, indent=1, default=str) + "\n", encoding="utf-8")
     return page
 
 
