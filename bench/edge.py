@@ -36,7 +36,7 @@ from flwr.serverapp import Grid, ServerApp
 HIDDEN = {"0.2 MB": (670,), "6.6 MB": (1250, 1250), "40 MB": (3120, 3120)}  # of float32, between 64 and 10
 PRFL = [sys.executable, "-c", "from prfl.cli import main; main()"]
 MARK = "PRFL_EDGE"  # in the environment of every process of the node
-QUIET = 20.0  # seconds without a task before the idle node is measured, so that its polling has slowed down
+QUIET = 12.0  # seconds without a task before the idle node is measured, so that its polling has slowed down
 LOOK = 0.1  # seconds between two looks at the memory
 ASK = 2.0  # seconds between two questions to the server
 TARGET = 0.6  # seconds a task, apart from training

@@ -68,7 +68,7 @@ BRIEF = 2.0  # seconds that a ServerApp keeps one: the SuperLink closes it after
 LATE, EARLY = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE  # seconds a signature may be off
 KEPT = 60.0  # seconds that a silent connection is kept for the next task; the gate keeps it longer
 
-array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE = PIECE
+array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE = PIECE  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

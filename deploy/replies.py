@@ -46,7 +46,8 @@ class Prompt(Grid):
         if self._desk is None:
             return self._grid.pull_messages(message_ids)
         asked = set(message_ids)
-        for notice in self._desk.announced(asked - self._coming.keys()):
+        unheard = asked - self._coming.keys()
+        for notice in self._desk.announced(unheard) if unheard else ():
             self._coming[notice.message.metadata.reply_to_message_id] = Coming(notice)
         replies = []
         for name in sorted(asked & self._coming.keys()):
