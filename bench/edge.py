@@ -181,6 +181,7 @@ def measured(home: Path, port: int, kind: str, sizes: Sequence[str], tasks: int)
                 "peak_pss": memory.peak(spans),
                 "rows": rows,
             }
+            print(f"{kind}, {size}: {by_size[size]['seconds']:.2f} s a task", file=sys.stderr, flush=True)
     return {"node": kind, **idle, "tasks": by_size}
 
 
