@@ -24,7 +24,12 @@ CONV2 = {
     "c1.weight": (32, 1, 5, 5), "c1.bias": (32,), "c2.weight": (64, 32, 5, 5), "c2.bias": (64,),
     "f1.weight": (512, 3136), "f1.bias": (512,), "f2.weight": (10, 512), "f2.bias": (10,),
 }  # fmt: skip
-TINY = {"fc.weight": (10, 10), "fc.bias": (10,)}
+SMALL = {
+    "10 x 10": {"fc.weight": (10, 10), "fc.bias": (10,)},
+    "MLP": {"f1.weight": (64, 784), "f1.bias": (64,), "f2.weight": (10, 64), "f2.bias": (10,)},
+}  # the MLP: 50,890 values
+LONGEST, SLOWEST = 1.02, 1.0  # of the least length; GB/s of dense model
+SPEEDS = ("task out", "new mask", "task in", "update out", "update in")
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.01)
 RANKS = (0.05, 0.1, 0.2, 0.5, 1.0)
 BITS = {"float32": 32, "float16": 16, "int8": 8}
@@ -43,16 +48,17 @@ def main() -> None:
     print(f"Conv2, random masks; GB/s of dense float32. New masks: built for this message.\n{heads(large)}")
     for row in large:
         print(cells(row))
-    tiny = [tiny_model(v, args.seconds) for v in args.values]
-    print(f"\n10 x 10 and bias, microseconds\n{heads(tiny)}")
-    for row in tiny:
+    small = [small_model(name, v, args.seconds) for name in SMALL for v in args.values]
+    print(f"\nsmall dense models, microseconds\n{heads(small)}")
+    for row in small:
         print(cells(row))
     ranks = increments()
     print(f"\nresidual split, densities {RANKS}\n{heads(ranks)}")
     for row in ranks:
         print(cells(row))
+    print("\n" + "\n".join(verdicts(large)))
     if args.json:
-        result = {"torch": torch.__version__, "large": large, "tiny": tiny, "residual": ranks}
+        result = {"torch": torch.__version__, "large": large, "small": small, "residual": ranks}
         args.json.write_text(json.dumps(result, indent=1))
 
 
@@ -82,13 +88,33 @@ def large_model(values: Values, density: float, seconds: float) -> Row:
     }
 
 
-def tiny_model(values: Values, seconds: float) -> Row:
-    codec, params = Codec(values), model(TINY)
+def verdicts(rows: list[Row]) -> list[str]:
+    """Of random masks, a line for every target; float32 speeds by themselves, as the others also round."""
+    out = []
+    longest = max(float(row["of least"]) for row in rows)
+    out.append(f"length: at most {longest:.3f} of the least, {LONGEST} allowed: {_met(longest <= LONGEST)}")
+    for values in dict.fromkeys(str(row["values"]) for row in rows):
+        cells = [
+            (float(row[s]), f"{s} at {row['density']:g}") for row in rows if row["values"] == values for s in SPEEDS
+        ]
+        slow = [f"{what} {speed:.2f}" for speed, what in sorted(cells) if speed < SLOWEST]
+        word = f"{_met(not slow)}{': ' if slow else ''}{', '.join(slow)}"
+        out.append(f"{values}: at least {min(cells)[0]:.2f} GB/s, {SLOWEST:g} wanted: {word}")
+    return out
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "MISSED"
+
+
+def small_model(name: str, values: Values, seconds: float) -> Row:
+    codec, params = Codec(values), model(SMALL[name])
     layout = Layout.of(params)
     task, update = job(params, DENSE)
     down = codec.encode_task(task, layout)
     up, _ = codec.encode_update(update, task, layout)
     return {
+        "model": name,
         "values": values,
         "down": len(down),
         "up": len(up),

@@ -1,4 +1,10 @@
-"""Arrivals per second through `serve`, and memory over a long run: a one-layer model, training that does nothing."""
+"""The server at scale: seconds an arrival over 100 to 10,000 devices, a tenth of them in flight, and its memory.
+
+conv2_mnist's parameters, `buffered` pacing, training that does nothing; tasks and updates are really encoded, decoded
+and merged. Every row is a process of its own. `us`: microseconds an arrival over the later three quarters of the run;
+`merging`: those spent in the merge itself, which for PR-FL sums the latest models of all clients seen, by definition;
+`models`: distinct dense parameter trees alive at most: the versions that tasks in flight have started from.
+"""
 
 from __future__ import annotations
 
@@ -7,90 +13,133 @@ import gc
 import json
 import resource
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from math import log
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 
+from prfl import groups, models
 from prfl.codec import Codec, Layout
-from prfl.types import Architecture, State, Task, Update
+from prfl.types import Arrival, Merge, State, Task, Tree, Update
 from sim.devices import Device
 from sim.network import links
 from sim.transport import VirtualTransport
-from sim.workers import Serial
+from sim.workers import Serial, singly
 from strategies import table
 from strategies.pacing import buffered
 from strategies.server import serve
 
-PARAMS = {"weight": torch.zeros(10, 10), "bias": torch.zeros(10)}
-WORK = table.config.work({"steps": 1})
+GOAL = 10
+LIMIT = 2048  # MiB
+FLEETS = (100, 1_000, 10_000)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A merge, and the seconds that every call took."""
+
+    inner: Merge
+    took: list[float] = field(default_factory=list)
+
+    def init(self) -> Any:
+        return self.inner.init()
+
+    def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, Any]:
+        began = time.perf_counter()
+        try:
+            return self.inner(state, arrivals)
+        finally:
+            self.took.append(time.perf_counter() - began)
 
 
 def nothing(task: Task) -> Update:
     delta = {k: torch.full((task.mask.count(k, v.shape),), 1e-3) for k, v in task.params.items()}
-    return Update(task.client, task.version, delta, task.mask, 20.0, {"loss": 1.0})
+    signal = {k: v.abs() for k, v in delta.items()} if task.work.report else None
+    return Update(task.client, task.version, delta, task.mask, 20.0, {"loss": 1.0, "accuracy": 0.5}, signal)
 
 
-def measure(method: str, devices: int, arrivals: int, in_flight: int) -> dict[str, Any]:
-    """One run; memory is the process's resident set after a first tenth of the arrivals, and at the end."""
-    architecture = Architecture(macs={"weight": 1.0})
-    fleet = [Device("d", {"linear": 1e6 * (1 + c % 7)}, 2**30, 1e6, 1e6) for c in range(devices)]
-    transport = VirtualTransport(
-        fleet, [20] * devices, Serial(nothing), links(), Codec(), Layout.of(PARAMS), architecture
-    )
-    m = table.method(method, WORK)
-    goal, counted, memory = 10, 0, list[float]()
+def measure(method: str, devices: int, arrivals: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    model = models.conv2_mnist()((1, 28, 28), 10)
+    params, architecture = models.values(model), groups.architecture(model, torch.zeros(1, 1, 28, 28))
+    speeds = [{"conv": 1e9 * (1 + c % 7), "linear": 1e9 * (1 + c % 7)} for c in range(devices)]
+    fleet = [Device("d", speed, 2**33, 1e6, 1e6) for speed in speeds]
+    layout = Layout.of(params, architecture.groups)
+    transport = VirtualTransport(fleet, [20] * devices, Serial(singly(nothing)), links(), Codec(), layout, architecture)
+    m = table.method(method, table.config.work({"steps": 1}))
+    merge = Timed(m.merge)
+    m = replace(m, merge=merge)
+    counted, alive, most = 0, [ref(next(iter(params.values())))], 1
+    marks: list[tuple[float, int, int]] = []
 
     def log(event: Any) -> None:
         nonlocal counted
         counted += event["kind"] == "arrival"
-        if event["kind"] == "arrival" and counted in (arrivals // 10, arrivals):
-            gc.collect()
-            memory.append(_resident())
+        if event["kind"] == "arrival" and counted in (arrivals // 4, arrivals):
+            marks.append((time.perf_counter(), counted, len(merge.took)))
+
+    def keep(state: State) -> None:
+        nonlocal alive, most
+        alive = [r for r in alive if r() is not None] + [ref(next(iter(state.params.values())))]
+        most = max(most, len(alive))
 
     def stop(state: State, now: float) -> bool:
         return counted >= arrivals
 
-    state = m.init(PARAMS, architecture, dict.fromkeys(range(devices), "d"), 0)
-    began = time.perf_counter()
-    serve(m, buffered(in_flight, goal), transport, state, stop=stop, log=log)
-    seconds = time.perf_counter() - began
+    start = m.init(params, architecture, dict.fromkeys(range(devices), "d"), 0)
+    serve(m, buffered(devices // 10, GOAL), transport, start, stop=stop, log=log, keep=keep)
+    (began, first, merges), (ended, last, _) = marks
+    gc.collect()
     return {
         "method": method,
         "devices": devices,
-        "in_flight": in_flight,
+        "in flight": devices // 10,
         "arrivals": counted,
-        "arrivals_per_second": round(counted / seconds),
-        "microseconds_per_arrival": round(1e6 * seconds / counted, 1),
-        "MiB_early": round(memory[0], 1),
-        "MiB_late": round(memory[-1], 1),
+        "us": 1e6 * (ended - began) / (last - first),
+        "merging": 1e6 * sum(merge.took[merges:]) / (last - first),
+        "models": most,
+        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-
-
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arrivals", type=int, default=20_000)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--arrivals", type=int, default=4_000)
+    parser.add_argument("--methods", nargs="+", default=["fedbuff", "pr_fl"])
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [
-        measure(method, devices, options.arrivals, devices // 10)
-        for method in ("fedbuff", "pr_fl")
-        for devices in (100, 1000)
-    ]
-    print(f"{'method':<9}{'devices':>8}{'in flight':>10}{'arrivals/s':>12}{'us each':>9}{'MiB early':>11}{'late':>8}")
-    for r in rows:
-        print(
-            f"{r['method']:<9}{r['devices']:>8}{r['in_flight']:>10}{r['arrivals_per_second']:>12}"
-            f"{r['microseconds_per_arrival']:>9}{r['MiB_early']:>11}{r['MiB_late']:>8}"
-        )
+    print(f"{'method':<9}{'devices':>8}{'in flight':>10}{'us':>8}{'merging':>9}{'models':>8}{'peak MiB':>10}")
+    rows, spawn = [], get_context("spawn")
+    for method in options.methods:
+        for devices in FLEETS:
+            with ProcessPoolExecutor(1, mp_context=spawn) as own:
+                r = own.submit(measure, method, devices, options.arrivals).result()
+            rows.append(r)
+            cells = f"{r['us']:>8.0f}{r['merging']:>9.0f}{r['models']:>8}{r['peak MiB']:>10.0f}"
+            print(f"{r['method']:<9}{r['devices']:>8}{r['in flight']:>10}{cells}", flush=True)
+    for method in options.methods:
+        print(verdict([r for r in rows if r["method"] == method]))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """Apart from the merge: how the time grows beside log n, and the memory beside its limit."""
+    least, most = rows[0], rows[-1]
+    grown = (most["us"] - most["merging"]) / (least["us"] - least["merging"])
+    allowed = log(most["devices"]) / log(least["devices"])
+    slow, large = grown > allowed, most["peak MiB"] > LIMIT
+    return (
+        f"{most['method']}: {grown:.2f}x the time from {least['devices']} to {most['devices']} devices, log n grows "
+        f"{allowed:.2f}x: {'MISSED' if slow else 'met'}; {most['peak MiB']:.0f} of {LIMIT} MiB: "
+        f"{'MISSED' if large else 'met'}"
+    )
 
 
 if __name__ == "__main__":

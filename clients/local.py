@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clients import train
+from clients.crew import Crew
 from prfl import models, problem
 from prfl.config import Experiment
 from prfl.data import Samples
@@ -26,6 +27,7 @@ class Local:
         self.params: Tree = models.values(given.model)
         self._clients = len(given.parts)
         self._samples: Callable[[int], Samples] = lru_cache(maxsize=256)(given.samples)
+        self._crew = Crew(given.model, self.samples)
 
     @staticmethod
     def of(experiment: Experiment, folder: Path | None = None, own: bool = False) -> Local:
@@ -44,6 +46,10 @@ class Local:
     def train(self, task: Task) -> Update:
         """The task's update."""
         return train.train(task, self.model, self.samples(task.client))
+
+    def train_all(self, tasks: Sequence[Task]) -> list[Update | Exception]:
+        """What `train` makes of each task, to the bit, and sooner; in place of an update that failed, the reason."""
+        return self._crew(tasks)
 
 
 def undivided(experiment: Experiment) -> Experiment:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path("/")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def limit(root: Path = ROOT) -> int:
@@ -40,3 +43,14 @@ def _groups(root: Path) -> list[int]:
                     found += [folder / "memory.max", folder / "memory.limit_in_bytes"]
     texts = [path.read_text().strip() for path in found if path.exists()]
     return [int(text) for text in texts if text.isdigit() and int(text)]
+
+
+def hold() -> None:
+    """Keep what is freed for what comes next, where the C library can: training allocates the same again and again.
+
+    For a process that trains all the time: without it every large tensor is fetched from the system, page by page.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for setting in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            libc.mallopt(setting, 2**30)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clients import personal, regrow, statistics
+from clients.descent import descent
 from clients.shrink import shrink, sliced_bits
 from clients.widths import drawn
 from prfl.masks import Mask
@@ -41,9 +42,9 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
     """
     work = task.work
     samples, held_out = personal.apart(task, samples)
-    net, values, held = _received(task, model)
+    net, values, held = received(task, model)
     start = held.apply(values)
-    plan = _plan(task, len(samples), whole=any(isinstance(m, _BatchNorm) for m in net.modules()))
+    plan = planned(task, len(samples), whole=any(isinstance(m, _BatchNorm) for m in net.modules()))
     moves, passed = regrow.turn(task, len(plan)), personal.turn(work, len(samples), len(plan))
     first: Tree = {}
     measure = LOSSES[work.loss]
@@ -54,7 +55,7 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
     with _borrowed(net, start, task) as local, _scaled(net, task):
         weights = {k: p for k, p in net.named_parameters() if p.requires_grad}
         shut = {k: torch.empty_like(weights[k].data).copy_(v) for k, v in held.bits.items() if k in weights}
-        descend = _descent(work, weights, shut)
+        descend = descent(work, [p.data for p in weights.values()], [shut.get(k) for k in weights])
         for step, (at, narrow) in enumerate(zip(plan, drawn(task, model, net, len(plan)), strict=True), 1):
             x, y = samples.batch(at)
             logits = (net if narrow is None or work.distil else narrow)(x)
@@ -72,7 +73,7 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
                 held = regrow.regrown(held, now, _named(weights, gradients), work.regrow)
                 for k, mask in shut.items():
                     mask.copy_(held.bits[k])
-            descend(gradients)
+            descend(gradients, None)
             if step == passed:
                 first = {k: held.gather(k, v.data).clone() for k, v in local.items()}
             losses.append(loss.detach())
@@ -80,22 +81,22 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
             if work.patience and not work.steps and _weary(losses, plan, work):
                 break
         delta = {k: held.gather(k, v.data - start[k]) for k, v in local.items()}
-    _check(losses, delta, work)
-    seen = sum(len(at) for at in plan[: len(losses)])
-    metrics = _metrics(losses, hits) | {"samples": float(seen), "steps": float(len(losses))}
+    means = torch.stack(losses).tolist()
+    check(means, delta, work)
+    metrics = told(means, [len(h) for h in hits], int(torch.cat(hits).sum()))
     if work.absent == "zero" or work.labels:
-        told = sizes.tolist() if work.labels else [1] * len(sizes)
-        metrics |= {f"class/{i}": float(n) for i, n in zip(present.tolist(), told, strict=True)}
+        counts = sizes.tolist() if work.labels else [1] * len(sizes)
+        metrics |= {f"class/{i}": float(n) for i, n in zip(present.tolist(), counts, strict=True)}
     done = replace(task, mask=held) if moves else task
     signal = None
     if work.report:
         gradient, change = _named(weights, total or ()), {k: delta[k] for k in weights}
-        signal = statistics.report(done, held, gradient, change, seen)
+        signal = statistics.report(done, held, gradient, change, int(metrics["samples"]))
     update = Update(task.client, task.version, delta, done.mask, float(len(samples)), metrics, signal)
     return personal.pruned(update, task, model, held_out, first) if passed else update
 
 
-def _received(task: Task, model: nn.Module) -> tuple[nn.Module, Tree, Mask]:
+def received(task: Task, model: nn.Module) -> tuple[nn.Module, Tree, Mask]:
     """The network to train, its values, and which single weights of it are held."""
     mask, params = task.mask, task.params
     if not mask.channels:
@@ -107,7 +108,7 @@ def _received(task: Task, model: nn.Module) -> tuple[nn.Module, Tree, Mask]:
     return small, entries(small), Mask({k: v for k, v in bits.items() if v is not None})
 
 
-def _plan(task: Task, samples: int, whole: bool) -> list[Tensor]:
+def planned(task: Task, samples: int, whole: bool) -> list[Tensor]:
     """The sample indices of every mini-batch, reshuffled each pass. whole: batches of one are not possible."""
     work = task.work
     if work.batch < 1 or max(work.steps, work.epochs) < 1:
@@ -194,37 +195,6 @@ def _scaled(net: nn.Module, task: Task) -> Iterator[None]:
             hook.remove()
 
 
-def _descent(work: Work, weights: dict[str, nn.Parameter], masks: Tree) -> Callable[[list[Tensor]], None]:
-    """One SGD step as torch.optim.SGD takes it, on gradients that it may change; penalty, then clipping, then decay.
-
-    masks: of entries with single weights masked, 1 or 0 in their shape; with `Work.regrow` they may be changed between
-    steps.
-    """
-    values = [p.data for p in weights.values()]
-    masked = [(i, masks[k]) for i, k in enumerate(weights) if k in masks]
-    start = [v.clone() for v in values] if work.proximal else []
-    velocity = [torch.zeros_like(v) for v in values] if work.momentum else []
-
-    def step(gradients: list[Tensor]) -> None:
-        for i, mask in masked:
-            gradients[i].mul_(mask)
-        if work.proximal:
-            torch._foreach_add_(gradients, torch._foreach_sub(values, start), alpha=work.proximal)
-        if work.clip:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            torch._foreach_mul_(gradients, (work.clip / (norm + 1e-6)).clamp_(max=1.0))
-        if work.weight_decay:
-            torch._foreach_add_(gradients, values, alpha=work.weight_decay)
-        if work.momentum:
-            torch._foreach_mul_(velocity, work.momentum)
-            torch._foreach_add_(velocity, gradients)
-        torch._foreach_add_(values, velocity or gradients, alpha=-work.lr)
-        for i, mask in masked if work.regrow else ():
-            values[i].mul_(mask)
-
-    return step
-
-
 def _named(weights: Iterable[str], tensors: Sequence[Tensor]) -> Tree:
     """Tensors in the order of the weights, by name; none at all where there are none."""
     return dict(zip(weights, tensors, strict=False))
@@ -246,19 +216,21 @@ def _binary(logits: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits).scatter_(1, y[:, None], 1.0))
 
 
-def _check(losses: Sequence[Tensor], delta: Tree, work: Work) -> None:
-    for step, loss in enumerate(torch.stack(list(losses)).tolist(), 1):
+def check(losses: Sequence[float], delta: Tree, work: Work) -> None:
+    """Raises Diverged where a step's loss or a weight is not finite."""
+    for step, loss in enumerate(losses, 1):
         if not isfinite(loss):
             raise Diverged(f"loss became {loss:g} at step {step} (lr {work.lr:g})")
     if not isfinite(sum(float(v.sum()) for v in delta.values())):
         raise Diverged(f"weights became infinite or nan at step {len(losses)} (lr {work.lr:g})")
 
 
-def _metrics(losses: Sequence[Tensor], hits: Sequence[Tensor]) -> dict[str, float]:
-    values, sizes = torch.stack(list(losses)).tolist(), [len(h) for h in hits]
-    mean = sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
-    right = torch.cat(list(hits)).double().mean()
-    return {"loss": mean, "loss_first": values[0], "loss_last": values[-1], "accuracy": float(right)}
+def told(losses: Sequence[float], sizes: Sequence[int], right: int) -> dict[str, float]:
+    """The metrics of every update, from each step's mean loss and batch size, and the samples told rightly."""
+    seen, steps = sum(sizes), len(sizes)
+    mean = sum(v * n for v, n in zip(losses, sizes, strict=True)) / seen
+    means = {"loss": mean, "loss_first": losses[0], "loss_last": losses[-1], "accuracy": right / seen}
+    return means | {"samples": float(seen), "steps": float(steps)}
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "bce": _binary}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,13 @@ from prfl.energy import Watts
 
 if TYPE_CHECKING:
     from sim.compare import Outcome
-    from sim.pools import Pool
+    from sim.pools import Place
 
 Workers = str | int
-"""Where clients train: "ray" (an actor a core), so many Ray actors, or "serial" (in this process)."""
+"""Where clients train: "ray" (an actor a core), so many Ray actors, or "serial" (in this process).
+
+`ray_address`: HOST:PORT of a Ray cluster that runs already, or "auto" for this machine's; None: one of our own.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def run(
     *,
     out: str | Path | None = None,
     workers: Workers = "ray",
+    ray_address: str | None = None,
     data_dir: str | Path | None = None,
 ) -> Result:
     """Simulate an experiment, a YAML file or the name of one that ships, with `changes` as {"method": "fedbuff"}.
@@ -68,7 +71,7 @@ def run(
 
     chosen = _experiment(experiment, changes)
     folder = store.free(None if out is None else Path(out), chosen.name)
-    return Result(folder, simulate(chosen, folder, pool=_pool(workers), data_dir=_path(data_dir)))
+    return Result(folder, simulate(chosen, folder, pool=_place(workers, ray_address), data_dir=_path(data_dir)))
 
 
 def compare(
@@ -79,6 +82,7 @@ def compare(
     seeds: Sequence[int] = (1, 2, 3),
     out: str | Path | None = None,
     workers: Workers = "ray",
+    ray_address: str | None = None,
     usual_pacing: bool = False,
     targets: Sequence[float] = (),
     data_dir: str | Path | None = None,
@@ -94,7 +98,7 @@ def compare(
     chosen = _experiment(experiment, changes)
     folder = comparing.place(chosen, _path(out))
     todo = comparing.jobs(chosen, methods, seeds, folder, usual_pacing)
-    with pools.kept(_count(workers)) as pool:
+    with pools.kept(_place(workers, ray_address)) as pool:
         ended = list(comparing.run(todo, pool, _path(data_dir)))
     return gathered(ended, folder, targets)
 
@@ -149,21 +153,13 @@ def _yaml(value: Any) -> str:
         raise ConfigError(f"{value!r} is no value of an experiment") from None
 
 
-def _pool(workers: Workers) -> Pool:
-    from sim import pools
+def _place(workers: Workers, address: str | None) -> Place:
+    from sim.pools import Place
 
-    count = _count(workers)
-    return pools.ray(count) if count else pools.serial
-
-
-def _count(workers: Workers) -> int:
-    """Ray actors; 0 for none."""
-    if workers == "serial":
-        return 0
-    if workers == "ray":
-        return os.cpu_count() or 1
+    if workers in ("serial", "ray"):
+        return Place(None if workers == "serial" else 0, address)
     if type(workers) is int and workers > 0:
-        return workers
+        return Place(workers, address)
     raise ConfigError(f'workers: "ray", "serial" or a number of Ray actors, got {workers!r}')
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,25 +21,64 @@ Term = tuple[Mask, Tree, float, float]
 """A mask, packed values of (some of) its entries, the factor they are summed by, and what a holder counts."""
 
 
+TINY = torch.finfo(torch.float32).tiny
+
+OPEN = 8  # masks whose sums are kept apart at a time: those of all tiers, or of the latest of many clients' own
+
+
 def average(params: Tree, terms: Iterable[Term], over: float | None = None) -> tuple[Tree, Tree]:
-    """The terms' sum over `over`, or over what the holders count (None); and where anything counted, as booleans.
+    """The terms' sum over `over`, or over what the holders count (None); and what they count. To be edited at will.
 
-    Entries are shaped like `params`; the average of what nobody holds is undefined, see `keep`.
+    Entries are shaped like `params`. What nobody holds has count 0 and mean -0.0, which changes nothing when added; an
+    average of weights has to leave it out, see `keep`. Terms that share a mask are summed as they are packed, which
+    takes a fifth of the time, and spread over the model once. They may be made one by one: none is held for long.
     """
-    total = {k: torch.zeros_like(v) for k, v in params.items()}
+    total = {k: torch.full_like(v, -0.0) for k, v in params.items()}
     count = {k: torch.zeros_like(v) for k, v in params.items()}
+    sums: dict[Mask, dict[str, _Sum]] = {}
     for mask, values, factor, share in terms:
+        if mask not in sums and len(sums) == OPEN:
+            oldest = next(iter(sums))
+            _spread(oldest, sums.pop(oldest), total, count)
+        entries = sums.setdefault(mask, {})
         for k, v in values.items():
-            mask.add_into(k, total[k], v, factor)
-            if share:
-                mask.count_into(k, count[k], share)
-    mean = {k: v.div_(count[k] if over is None else over) for k, v in total.items()}
-    return mean, {k: n > 0 for k, n in count.items()}
+            if k in entries:
+                entries[k].add(v, factor, share)
+            else:
+                entries[k] = _Sum(v, factor, share)
+    for mask, entries in sums.items():
+        _spread(mask, entries, total, count)
+    for k, v in total.items():
+        v.div_(count[k].clamp_min(TINY) if over is None else over or 1.0)
+    return total, count
 
 
-def keep(held: Tree, new: Tree, old: Tree) -> Tree:
-    """The new values where held; what nobody holds keeps its old value, to the bit."""
-    return {k: torch.where(held[k], new[k], v) for k, v in old.items()}
+@dataclass
+class _Sum:
+    """Packed values of one entry, to be multiplied by `factor`: one client's own, or from the second on their sum."""
+
+    values: Tensor
+    factor: float
+    share: float
+    own: bool = True
+
+    def add(self, values: Tensor, factor: float, share: float) -> None:
+        if self.own:
+            self.values, self.factor, self.own = self.values * self.factor, 1.0, False
+        self.values.add_(values, alpha=factor)
+        self.share += share
+
+
+def _spread(mask: Mask, entries: Mapping[str, _Sum], total: Tree, count: Tree) -> None:
+    for k, part in entries.items():
+        mask.add_into(k, total[k], part.values, part.factor)
+        if part.share:
+            mask.count_into(k, count[k], part.share)
+
+
+def keep(count: Tree, new: Tree, old: Tree) -> Tree:
+    """The new values where somebody holds them; what nobody holds keeps its old value, to the bit."""
+    return {k: torch.where(count[k] > 0, new[k], v) for k, v in old.items()}
 
 
 def weight(update: Update, weigh: Weigh) -> float:

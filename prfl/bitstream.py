@@ -53,8 +53,8 @@ class Layout:
         return blake2b(text.encode(), digest_size=8).digest()
 
     def sizes(self, mask: Mask) -> list[int]:
-        """Kept values by entry."""
-        return [mask.count(k, shape) for k, shape in self.shapes.items()]
+        """Kept values by entry; not to be edited."""
+        return mask.sizes(self.checksum, self.shapes)
 
 
 @dataclass
@@ -77,14 +77,16 @@ class Reader:
         return np.unpackbits(np.frombuffer(self.take((count + 7) // 8), np.uint8), count=count)
 
 
-def encode_set(flags: NDArray[np.bool_]) -> bytes:
+def encode_set(flags: NDArray[np.bool_], at: NDArray[np.int64] | None = None) -> bytes:
     """A subset of range(len(flags)) in its shortest form: all, the first n, bitmap, or Rice-coded gaps.
+
+    `at`: the members, where they are known.
 
     The gaps are those between the members or, when they are the majority, between the others. Quotients (unary) and
     remainders (bit planes) are separate streams, so both sides work on whole arrays. Rice's parameter is the best for
     a random set of this density (Kiely 2004, Selecting the Golomb parameter in Rice coding).
     """
-    size, count = len(flags), int(np.count_nonzero(flags))
+    size, count = len(flags), int(np.count_nonzero(flags)) if at is None else len(at)
     if count == size:
         return bytes([ALL])
     shortest = 1 + (size + 7) // 8
@@ -93,7 +95,7 @@ def encode_set(flags: NDArray[np.bool_]) -> bytes:
     rare, few = (flags, count) if 2 * count <= size else (~flags, size - count)
     if 0 < few < _FEW * size:
         k = max(0, 1 + floor(log2(log((5**0.5 - 1) / 2) / log1p(-few / size))))
-        gaps = np.diff(np.flatnonzero(rare), prepend=-1) - 1
+        gaps = np.diff(at if at is not None and rare is flags else np.flatnonzero(rare), prepend=-1) - 1
         ones = np.cumsum((gaps >> k) + 1) - 1
         length = int(ones[-1]) + 1
         if _GAPS.size + (length + 7) // 8 + k * ((few + 7) // 8) < shortest:
@@ -107,20 +109,25 @@ def encode_set(flags: NDArray[np.bool_]) -> bytes:
 
 def decode_set(reader: Reader, size: int) -> NDArray[np.bool_] | None:
     """The flags of `encode_set`, None for ABSENT; Refused unless they are a subset of range(size)."""
+    return _set(reader, size)[0]
+
+
+def _set(reader: Reader, size: int) -> tuple[NDArray[np.bool_] | None, NDArray[np.int64] | None]:
+    """And the members, where decoding finds them."""
     (mode,) = reader.fields("<B")
     if mode == ABSENT:
-        return None
+        return None, None
     if mode == ALL:
-        return np.ones(size, np.bool_)
+        return np.ones(size, np.bool_), None
     if mode == BITMAP:
-        return reader.bits(size).view(np.bool_)
+        return reader.bits(size).view(np.bool_), None
     flags = np.zeros(size, np.bool_)
     if mode == PREFIX:
         (count,) = reader.fields("<I")
         if count > size:
             raise Refused(f"mask: the first {count} of {size}")
         flags[:count] = True
-        return flags
+        return flags, None
     if mode not in (GAPS, HOLES):
         raise Refused(f"mask: no mode {mode}")
     few, k, length = reader.fields("<IBI")
@@ -136,7 +143,7 @@ def decode_set(reader: Reader, size: int) -> NDArray[np.bool_] | None:
     if at[-1] >= size:
         raise Refused(f"mask: position {at[-1]} of {size}")
     flags[at] = True
-    return flags if mode == GAPS else ~flags
+    return (flags, at) if mode == GAPS else (~flags, None)
 
 
 def name_mask(mask: Mask) -> bytes:
@@ -155,7 +162,9 @@ def encode_mask(mask: Mask, layout: Layout, before: Mask | None = None) -> bytes
         for k, bits in mask.bits.items():
             if layout.shapes.get(k) != tuple(bits.shape):
                 raise ValueError(f"mask: no entry {k} of shape {tuple(bits.shape)} in the model")
-        parts += [_encode(_flags(mask, k), _where(before, k, shape)) for k, shape in layout.shapes.items()]
+        for k, shape in layout.shapes.items():
+            at = mask.found(k)
+            parts.append(_encode(_flags(mask, k), _where(before, k, shape), None if at is None else at.numpy()))
     if mask.channels:
         if alien := [g for g in mask.channels if g not in layout.groups]:
             raise ValueError(f"mask: no group {_places(alien[0])} in the model")
@@ -172,20 +181,25 @@ def decode_mask(reader: Reader, layout: Layout, before: Mask | None = None, held
         return held
     if kinds > BITS | CHANNELS:
         raise Refused(f"mask: no kind {kinds}")
-    bits, channels = {}, {}
+    bits, channels, found = {}, {}, {}
     for k, shape in layout.shapes.items() if kinds & BITS else ():
-        flags = _decode(reader, prod(shape), _where(before, k, shape))
+        flags, at = _decode(reader, prod(shape), _where(before, k, shape))
         if flags is not None:
             bits[k] = torch.from_numpy(flags).view(shape)
+        if at is not None:
+            found[k] = torch.from_numpy(at)
     for group in layout.groups if kinds & CHANNELS else ():
-        flags = _decode(reader, group.size, _side(before, group))
+        flags, _ = _decode(reader, group.size, _side(before, group))
         if flags is not None:
             channels[group] = torch.from_numpy(np.flatnonzero(flags))
     if bool(bits) != bool(kinds & BITS) or bool(channels) != bool(kinds & CHANNELS):
         raise Refused("mask: a kind was announced that no entry has")
     if reader.at != len(reader.data):
         raise Refused(f"mask: {len(reader.data) - reader.at} bytes too many")
-    return Mask(bits, channels)
+    mask = Mask(bits, channels)
+    for k, places in found.items():
+        mask.tell(k, places)
+    return mask
 
 
 def digest(mask: Mask) -> bytes:
@@ -200,24 +214,28 @@ def digest(mask: Mask) -> bytes:
     return h.digest()
 
 
-def _encode(flags: NDArray[np.bool_] | None, before: NDArray[np.bool_] | None) -> bytes:
+def _encode(
+    flags: NDArray[np.bool_] | None, before: NDArray[np.bool_] | None, at: NDArray[np.int64] | None = None
+) -> bytes:
     if flags is None or before is None:
-        return bytes([ABSENT]) if flags is None else encode_set(flags)
+        return bytes([ABSENT]) if flags is None else encode_set(flags, at)
     if (before & ~flags).any():
         raise ValueError("mask: the one before is not nested in it")
     return encode_set(flags[np.flatnonzero(~before)])
 
 
-def _decode(reader: Reader, size: int, before: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+def _decode(
+    reader: Reader, size: int, before: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.bool_] | None, NDArray[np.int64] | None]:
     if before is None:
-        return decode_set(reader, size)
+        return _set(reader, size)
     free = np.flatnonzero(~before)
     new = decode_set(reader, len(free))
     if new is None:
-        return None
+        return None, None
     flags = before.copy()
     flags[free] = new
-    return flags
+    return flags, None
 
 
 def _flags(mask: Mask, entry: str) -> NDArray[np.bool_] | None:

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prfl.arrivals import ordered
 from prfl.average import Weigh, average, check, keep, local, shares, weight
 from prfl.checks import choice, share
+from prfl.masks import Mask
 from prfl.staleness import PR_FL, Staleness
-from prfl.types import Arrival, State, Task, Tree, Update
+from prfl.types import Arrival, State, Tree
 
 Age = Literal["growing", "frozen"]
 
@@ -49,16 +49,16 @@ class mask_fed_avg:
         seen = {**state.merge, **now}
         p = normalised(seen)
         eta = min(1.0, sum(p[c] for c in sorted(now))) if self.eta is None else self.eta
-        mean, held = average(state.params, ((u.mask, local(t, u), a, a) for t, u, a in votes))
-        return keep(held, {k: torch.lerp(w, mean[k], eta) for k, w in state.params.items()}, state.params), seen
+        mean, count = average(state.params, ((u.mask, local(t, u), a, a) for t, u, a in votes))
+        return keep(count, {k: torch.lerp(w, mean[k], eta) for k, w in state.params.items()}, state.params), seen
 
 
 @dataclass(frozen=True)
 class Cached:
     """A client's latest local weights, packed, all entries end to end in the order of their names.
 
-    `at[i]`: where `values[i]` lies in the whole model flattened likewise; None: it is the whole model. Not the mask
-    itself, which would keep its ranking and so an old model alive.
+    `at[i]`: where `values[i]` lies in the whole model flattened likewise, one object for all clients with these places;
+    None: it is the whole model. Not the mask itself, which would keep its ranking and so an old model alive.
     """
 
     at: Tensor | None
@@ -127,25 +127,30 @@ def normalised(values: Mapping[int, float]) -> dict[int, float]:
 
 
 def _renewed(state: State, arrivals: Sequence[Arrival], staleness: Staleness, weigh: Weigh) -> Mapping[int, Cached]:
-    came = ordered(arrivals)
-    new = {
-        a.task.client: Cached(
-            *_packed(a.task, u), weight(u, weigh), a.task.version, staleness(state.version - a.task.version)
-        )
-        for a, u in came
-    }
-    return {**state.merge, **new}
+    cache: dict[int, Cached] = dict(state.merge)
+    known = {id(c.at): c.at for c in cache.values() if c.at is not None}  # the places that clients share
+    found: dict[Mask, Tensor | None] = {}
+    for a, u in ordered(arrivals):
+        if u.mask not in found:
+            at = _places(u.mask, state.params)
+            same = (have for have in known.values() if at is not None and torch.equal(have, at))
+            found[u.mask] = at = next(same, at)
+            known |= {id(at): at} if at is not None else {}
+        values, age = local(a.task, u), state.version - a.task.version
+        packed = torch.cat([values[k] for k in sorted(values)])
+        cache[a.task.client] = Cached(found[u.mask], packed, weight(u, weigh), a.task.version, staleness(age))
+    return cache
 
 
-def _packed(task: Task, update: Update) -> tuple[Tensor | None, Tensor]:
-    """Positions and values of the local weights, as `Cached` has them."""
-    values, mask, places, start = local(task, update), update.mask, list[Tensor](), 0
-    for k in sorted(task.params):
-        shape, size = task.params[k].shape, task.params[k].numel()
-        places.append(mask.gather(k, torch.arange(start, start + size, dtype=torch.int32).view(shape)))
-        start += size
-    whole = all(mask.whole(k) for k in task.params)
-    return None if whole else torch.cat(places), torch.cat([values[k] for k in sorted(task.params)])
+def _places(mask: Mask, params: Tree) -> Tensor | None:
+    """Where the kept values lie, as `Cached` has it."""
+    if all(mask.whole(k) for k in params):
+        return None
+    sizes = [params[k].numel() for k in sorted(params)]
+    parts = torch.arange(sum(sizes), dtype=torch.int32).split(sizes)
+    return torch.cat(
+        [mask.gather(k, part.view(params[k].shape)) for k, part in zip(sorted(params), parts, strict=True)]
+    )
 
 
 def _votes(state: State, cache: Mapping[int, Cached], age: Age, staleness: Staleness) -> list[tuple[Cached, float]]:
@@ -155,20 +160,33 @@ def _votes(state: State, cache: Mapping[int, Cached], age: Age, staleness: Stale
 
 
 def _sums(state: State, votes: Sequence[tuple[Cached, float]]) -> tuple[Tensor, Tensor]:
-    """sum(a m w) and sum(a m) of the model flattened: sub-models in the order given, then whole models."""
+    """sum(a m w) and sum(a m) of the model flattened: clients that hold the same places are summed as packed."""
     size = sum(v.numel() for v in state.params.values())
-    total, count, step = torch.zeros(size), torch.zeros(size), max(1, ROWS // size)
-    parts = [(c.at, c.values, a) for c, a in votes if c.at is not None]
-    for i in range(0, len(parts), step):
-        places, values, each = zip(*parts[i : i + step], strict=True)
-        at = torch.cat(places)
-        share = torch.from_numpy(np.repeat(np.array(each, np.float32), [v.numel() for v in values]))
-        total.index_add_(0, at, torch.cat(values) * share)
-        count.index_add_(0, at, share)
-    whole = [(c.values, a) for c, a in votes if c.at is None]
-    for v, a in whole:
-        total.add_(v, alpha=a)
-    return total, count.add_(sum(a for _, a in whole))
+    total, count = torch.zeros(size), torch.zeros(size)
+    groups: dict[int, list[tuple[Cached, float]]] = {}
+    for c, a in votes:
+        groups.setdefault(id(c.at), []).append((c, a))
+    for group in groups.values():
+        at, share, values = group[0][0].at, sum(a for _, a in group), _sum(group)
+        if at is None:
+            total.add_(values)
+            count.add_(share)
+        else:
+            total.index_add_(0, at, values)
+            count.index_add_(0, at, count.new_ones(()).expand(len(at)), alpha=share)
+    return total, count
+
+
+def _sum(group: Sequence[tuple[Cached, float]]) -> Tensor:
+    """sum(a w) of packed values of one length, in the order given."""
+    out = torch.zeros_like(group[0][0].values)
+    step = max(1, ROWS // max(1, len(out)))
+    for i in range(0, len(group) if step > 1 else 0, step):
+        rows, shares = zip(*((c.values, a) for c, a in group[i : i + step]), strict=True)
+        out.add_((torch.stack(rows) * torch.tensor(shares)[:, None]).sum(dim=0))
+    for c, a in group if step == 1 else ():
+        out.add_(c.values, alpha=a)
+    return out
 
 
 def _kept(state: State, mean: Tensor, count: Tensor) -> Tree:

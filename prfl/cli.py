@@ -32,6 +32,12 @@ TARGETS = Annotated[
     str, typer.Option(metavar="A,A,...", help="Accuracies whose cost is told; default: from the curves.")
 ]
 N = TypeVar("N", int, float)
+WORKERS = Annotated[Literal["ray", "serial"], typer.Option(help="Where clients train.")]
+NUM_WORKERS = Annotated[int, typer.Option(min=0, metavar="N", help="Ray actors; 0: one a core, of the whole cluster.")]
+RAY_ADDRESS = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Of a Ray cluster that runs already, or auto for this machine's."),
+]
 PROFILES = Annotated[Path | None, typer.Option(metavar="FILE", help="Device profiles whose watts count.")]
 app.add_typer(devices_app, name="devices")
 
@@ -45,8 +51,9 @@ def _prfl() -> None:
 def run(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[EXPERIMENT] [KEY=VALUE]...")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder; default: a new one in runs/.")] = None,
-    workers: Annotated[Literal["ray", "serial"], typer.Option(help="Where clients train.")] = "ray",
-    num_workers: Annotated[int, typer.Option(min=0, metavar="N", help="Ray actors; 0: one a core.")] = 0,
+    workers: WORKERS = "ray",
+    num_workers: NUM_WORKERS = 0,
+    ray_address: RAY_ADDRESS = None,
     data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where data sets lie.")] = None,
     home: Annotated[Path, typer.Option(metavar="DIR", envvar="PRFL_HOME", help="Of the server, for real devices.")] = (
         HOME
@@ -82,7 +89,7 @@ def run(
     from sim import pools  # torch comes with them, after the first line
     from sim.run import simulate
 
-    pool = pools.serial if workers == "serial" else pools.ray(num_workers or os.cpu_count() or 1)
+    pool = pools.Place(None if workers == "serial" else num_workers, ray_address)
     with told, live.Watch(title, experiment.stop.versions, console) as watch:
         result = simulate(experiment, folder, pool=pool, data_dir=data_dir, watch=_both(watch, told))
         told.ended(result)
@@ -156,8 +163,9 @@ def compare(
     methods: Annotated[str, typer.Option(metavar="A,B,...", help="Methods to run; without it, finished RUNs.")] = "",
     seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Of the runs.")] = "1,2,3",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Runs and report; default: in runs/.")] = None,
-    workers: Annotated[Literal["ray", "serial"], typer.Option(help="Where clients train.")] = "ray",
-    num_workers: Annotated[int, typer.Option(min=0, metavar="N", help="Ray actors; 0: one a core.")] = 0,
+    workers: WORKERS = "ray",
+    num_workers: NUM_WORKERS = 0,
+    ray_address: RAY_ADDRESS = None,
     usual_pacing: Annotated[bool, typer.Option("--usual-pacing", help="Each method in its paper's pacing.")] = False,
     targets: TARGETS = "",
     profiles: PROFILES = None,
@@ -183,7 +191,7 @@ def compare(
     folder = comparing.place(experiment, out)
     todo = comparing.jobs(experiment, comparing.specs(methods), _numbers("seeds", seeds, int), folder, usual_pacing)
     print(f"{len(todo)} runs: {folder}", flush=True)
-    with pools.kept(0 if workers == "serial" else num_workers or os.cpu_count() or 1) as pool:
+    with pools.kept(pools.Place(None if workers == "serial" else num_workers, ray_address)) as pool:
         ended = []
         for outcome in comparing.run(todo, pool, data_dir):
             ended.append(outcome)

@@ -82,7 +82,7 @@ class Codec:
         if len(values.data):
             packed = open_values(values, list(layout.shapes), layout.sizes(mask))
             joined = {
-                k: packed[k].view(shape) if mask.whole(k) else mask.scatter(k, packed[k], torch.zeros(shape))
+                k: packed[k].view(shape) if mask.whole(k) else mask.put(k, packed[k], torch.zeros(shape))
                 for k, shape in layout.shapes.items()
             }
         if joined is None:

@@ -24,6 +24,7 @@ _MAGIC, _FORMAT = b"prfl", 1
 _HEAD = Struct("<4sBBxx8s")  # magic, format, kind, the layout's checksum; the lengths of the sections follow
 _CRC = Struct("<I")
 _TYPES = (torch.float32, torch.float16, torch.int8)  # in the order of Values
+BLOCK = 2**15  # values that are rounded at a time, so that they stay in the cache; a multiple of 4
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -97,9 +98,12 @@ def _quantise(values: Tensor, rng: np.random.Generator) -> tuple[float, Tensor]:
     scale = float(np.float32(_largest(values) / 127))
     if not 2.0**-126 <= scale < float("inf"):  # too small to divide by; or NaN or Inf, which the scale alone tells
         return 0.0 if scale < 1 else scale, torch.zeros(len(values), dtype=torch.int8)
-    draws = np.asarray(rng.bit_generator.random_raw((len(values) + 3) // 4)).view(np.uint16)[: len(values)]
-    noise = torch.from_numpy(draws.astype(np.float32)).add_(0.5).mul_(2.0**-16)
-    return scale, noise.add_(values / scale).floor_().clamp_(-127, 127).to(torch.int8)
+    codes = torch.empty(len(values), dtype=torch.int8)
+    for some, code in zip(values.split(BLOCK), codes.split(BLOCK), strict=True):
+        draws = np.asarray(rng.bit_generator.random_raw((len(some) + 3) // 4)).view(np.uint16)[: len(some)]
+        noise = torch.from_numpy(draws.astype(np.float32)).add_(0.5).mul_(2.0**-16)
+        code.copy_(noise.add_(some / scale).floor_().clamp_(-127, 127))
+    return scale, codes
 
 
 def _largest(values: Tensor) -> float:

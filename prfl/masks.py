@@ -33,6 +33,7 @@ class Mask:
     channels: Mapping[Group, Tensor] = field(default_factory=dict)
     origin: ReferenceType[Ranking] | None = field(default=None, repr=False)
     _positions: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _sizes: dict[bytes, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def ranking(self) -> Ranking | None:
@@ -73,7 +74,16 @@ class Mask:
 
     def count(self, entry: str, shape: Sequence[int]) -> int:
         """Kept values of an entry of this shape."""
-        return int(np.count_nonzero(self.bits[entry])) if entry in self.bits else prod(self.shape(entry, shape))
+        if entry not in self.bits:
+            return prod(self.shape(entry, shape))
+        found = self._positions.get((entry, tuple(shape)))
+        return len(found) if found is not None else int(np.count_nonzero(self.bits[entry]))
+
+    def sizes(self, model: bytes, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Kept values by entry, in the order of `shapes`; counted once for every `model`, which names them."""
+        if model not in self._sizes:
+            self._sizes[model] = [self.count(k, shape) for k, shape in shapes.items()]
+        return self._sizes[model]
 
     def where(self, entry: str, shape: Sequence[int]) -> Tensor:
         """The entry's mask as booleans in its full shape; not to be edited."""
@@ -98,10 +108,12 @@ class Mask:
 
     def scatter(self, entry: str, values: Tensor, into: Tensor) -> Tensor:
         """A copy of `into` with the kept places set to `values`."""
-        if self.whole(entry):
-            return values.reshape(into.shape).clone()
-        flat = into.reshape(-1).clone()
-        return flat.index_copy_(0, self._at(entry, into.shape), values.reshape(-1)).view(into.shape)
+        return values.reshape(into.shape).clone() if self.whole(entry) else self.put(entry, values, into.clone())
+
+    def put(self, entry: str, values: Tensor, into: Tensor) -> Tensor:
+        """`into[kept] = values`, in place where `into` is contiguous; it is not to be used any more."""
+        flat = into.reshape(-1)
+        return flat.scatter_(0, self._at(entry, into.shape), values.reshape(-1)).view(into.shape)
 
     def add_into(self, entry: str, total: Tensor, values: Tensor, scale: float) -> None:
         """`total[kept] += scale * values`, in place (`total` is contiguous): the one accumulator of every merge."""
@@ -129,6 +141,14 @@ class Mask:
             k: v if self.whole(k) else self.scatter(k, self.gather(k, v), torch.zeros_like(v))
             for k, v in params.items()
         }
+
+    def found(self, entry: str) -> Tensor | None:
+        """Flat positions of an entry's bits, if they are known."""
+        return self._positions.get((entry, tuple(self.bits[entry].shape))) if entry in self.bits else None
+
+    def tell(self, entry: str, at: Tensor) -> None:
+        """The flat positions of an entry's bits, ascending, from whoever has them already."""
+        self._positions[entry, tuple(self.bits[entry].shape)] = at
 
     def _at(self, entry: str, shape: Sequence[int]) -> Tensor:
         """Flat positions of the kept values, ascending; found once."""

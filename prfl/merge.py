@@ -58,13 +58,13 @@ class masked_mean:
         factors = [n * self.staleness(state.version - t.version) for (t, _), n in zip(tasks, counts, strict=True)]
         moves = (self._moves(state.params, t, u) for t, u in tasks)
         terms = ((u.mask, d, f, n) for (_, u), d, f, n in zip(tasks, moves, factors, counts, strict=True))
-        step, held = average(state.params, terms, None if self.missing == "holders" else sum(counts))
+        step, count = average(state.params, terms, None if self.missing == "holders" else sum(counts))
         gone = sum(factors) / sum(counts) if self.missing == "zero" and any(counts) else 0.0
-        new = {
-            k: w + (min(self.lr, 1.0) if statistic(k) else self.lr) * (step[k] - gone * w if gone else step[k])
-            for k, w in state.params.items()
-        }
-        return keep(held, new, state.params), None
+        for k, w in state.params.items():
+            if gone:
+                step[k].sub_(w, alpha=gone)
+            step[k].mul_(min(self.lr, 1.0) if statistic(k) else self.lr).add_(w)
+        return keep(count, step, state.params) if gone else step, None
 
     def _moves(self, params: Tree, task: Task, update: Update) -> Tree:
         moves = {k: away(k, params, task, update) if statistic(k) else d for k, d in update.delta.items()}
@@ -118,8 +118,8 @@ class fed_avg:
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, None]:
         votes = shares(state, arrivals, self.staleness, self.weigh)
         terms = ((u.mask, local(t, u), a, a) for t, u, a in votes)
-        mean, held = average(state.params, terms, sum(a for *_, a in votes))
-        return keep(held, mean, state.params), None
+        mean, count = average(state.params, terms, sum(a for *_, a in votes))
+        return keep(count, mean, state.params), None
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ class r2sp:
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, None]:
         votes = shares(state, arrivals, self.staleness, self.weigh)
         old = ((t.params, a) for t, _, a in votes if t.params is not state.params)
-        residuals = ((DENSE, {k: v - state.params[k] for k, v in start.items()}, a, 0.0) for start, a in old)
+        residuals = ((DENSE, {k: (v - state.params[k]).flatten() for k, v in w.items()}, a, 0.0) for w, a in old)
         terms: list[Term] = [(u.mask, u.delta, a, a) for _, u, a in votes]
-        step, held = average(state.params, chain(terms, residuals), sum(a for *_, a in votes))
-        return keep(held, {k: w + step[k] for k, w in state.params.items()}, state.params), None
+        step, count = average(state.params, chain(terms, residuals), sum(a for *_, a in votes))
+        return keep(count, {k: w + step[k] for k, w in state.params.items()}, state.params), None
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ class gradient_avg:
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, None]:
         votes = shares(state, arrivals, self.staleness, self.weigh)
         terms = ((u.mask, {k: away(k, state.params, t, u) for k in u.delta}, a, a) for t, u, a in votes)
-        step, held = average(state.params, terms, sum(a for *_, a in votes))
-        return keep(held, {k: w + step[k] for k, w in state.params.items()}, state.params), None
+        step, _ = average(state.params, terms, sum(a for *_, a in votes))
+        return {k: step[k].add_(w) for k, w in state.params.items()}, None
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ class heterofl:
             if k not in state.params:
                 raise ValueError(f"heterofl: the model has no entry {k!r} for its head; has {', '.join(state.params)}")
         votes = shares(state, arrivals, self.staleness, self.weigh)
-        mean, held = average(state.params, (term for vote in votes for term in self._terms(*vote)))
-        return keep(held, mean, state.params), None
+        mean, count = average(state.params, (term for vote in votes for term in self._terms(*vote)))
+        return keep(count, mean, state.params), None
 
     def _terms(self, task: Task, update: Update, a: float) -> Iterable[Term]:
         values = local(task, update)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections import OrderedDict, deque
@@ -11,18 +12,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
+from math import ceil, inf
+from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from clients import memory
+from prfl.config import ConfigError
 from prfl.masks import Mask
 from prfl.types import Task, Tree, Update, Work
-from sim.workers import TRIES, Failed, Run, attempt
+from sim.workers import TRIES, Failed, Run, settled
 from strategies.server import Stalled
 
+PATIENCE = 120.0  # seconds without any worker, after which a run ends
+SPAN, MOST = 0.1, 64  # seconds that a batch of tasks should take, and tasks of one
 SMALL = 2**16  # bytes of tensors that are cheaper sent with every batch than stored: storing takes a millisecond
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # the empty frame that opens HTTP/2, both ways
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class _Actor:
         """`path`: where the driver finds modules. `make` comes in a tuple, or Ray would read it before that is set."""
         sys.path += [place for place in path if place not in sys.path]
         torch.set_num_threads(1)
+        memory.hold()
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self.turn(make)
         self._params = lru_cache(maxsize=8)(lambda ref: _tree_in(_fetched(ref)))
@@ -71,19 +80,31 @@ class _Actor:
         """To another training."""
         self._run = _fetched(*make)()
 
-    def train(self, orders: list[_Order]) -> list[_Result]:
-        return [self._one(order) for order in orders]
+    def where(self) -> str:
+        """The node that it runs on, once it runs."""
+        import ray
 
-    def _one(self, o: _Order) -> _Result:
-        mask = self._mask(o.mask)
-        task = Task(o.client, o.version, self._params(o.params), mask, o.work, o.seed, o.density)
-        try:
-            u = attempt(self._run, task)
-        except Failed as reason:
-            return _Result(o.job, None, None, str(reason))
-        signal = None if u.signal is None else _tree_out(u.signal)
-        own = None if u.mask is mask else _mask_out(u.mask)
-        return _Result(o.job, (u.weight, dict(u.metrics), _tree_out(u.delta), signal), own)
+        return str(ray.get_runtime_context().get_node_id())
+
+    def train(self, orders: list[_Order]) -> tuple[list[_Result], float]:
+        """The results, and the seconds it took."""
+        began = perf_counter()
+        tasks = [
+            Task(o.client, o.version, self._params(o.params), self._mask(o.mask), o.work, o.seed, o.density)
+            for o in orders
+        ]
+        done = [_result(o.job, task, u) for o, task, u in zip(orders, tasks, self._run(tasks), strict=True)]
+        return done, perf_counter() - began
+
+
+def _result(job: int, task: Task, ended: Update | Exception) -> _Result:
+    try:
+        u = settled(ended)
+    except Failed as reason:
+        return _Result(job, None, None, str(reason))
+    signal = None if u.signal is None else _tree_out(u.signal)
+    own = None if u.mask is task.mask else _mask_out(u.mask)
+    return _Result(job, (u.weight, dict(u.metrics), _tree_out(u.delta), signal), own)
 
 
 def _fetched(ref: Any) -> Any:
@@ -93,18 +114,25 @@ def _fetched(ref: Any) -> Any:
 
 
 class Ray:
-    """A pool of Ray actors of one thread each.
+    """A pool of Ray actors of one thread each, spread over the nodes.
 
-    Tasks go out as soon as an actor has room and in batches when they queue up, so that small tasks do not pay a call
-    each. A dead actor is replaced and its tasks run again elsewhere, with the same result.
-    `make` goes into the object store, with all that it holds; every actor calls it once, for its training.
+    Tasks go out when a result is asked for, in batches of `SPAN` seconds: small ones do not pay a call each, and may be
+    trained at once. A dead actor is replaced and its tasks run again elsewhere, with the same result; one that finds no
+    place, as after the death of a node, gets no task until there is one. `nodes[actor]`: the Ray node of each that is
+    at work. `make` goes into the object store, with all that it holds; every actor calls it once, for its training.
+    workers: 0 for one a CPU. address: of a Ray cluster, None for one of our own. Raises ConfigError.
     """
 
-    def __init__(self, make: Callable[[], Run], workers: int, address: str | None = None):
+    def __init__(self, make: Callable[[], Run], workers: int = 0, address: str | None = None):
         self._ray, self._own = _started(workers, address)
-        self._make, self._class = self._ray.put(make), self._ray.remote(num_cpus=1, max_restarts=0)(_Actor)
-        self._actors = {n: self._fresh() for n in range(workers)}
-        self._numbers = count(workers)
+        self._make = self._ray.put(make)
+        options = self._ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")
+        self._class, self._numbers = options(_Actor), count()
+        self._actors: dict[int, Any] = {}
+        self._coming: dict[Any, tuple[int, Any]] = {}  # call -> actor that has not come up yet
+        self._stillborn = 0  # actors in a row that died before they came up
+        self._pace = inf  # seconds that a task takes, lately
+        self.nodes: dict[int, str] = {}
         self._queue: deque[_Order] = deque()
         self._out: dict[Any, tuple[int, list[_Order]]] = {}  # call -> actor, orders
         self._tasks: dict[int, Task] = {}
@@ -112,6 +140,8 @@ class Ray:
         self._deaths: dict[int, int] = {}
         self._params: OrderedDict[int, tuple[Tree, Any]] = OrderedDict()
         self._masks: WeakKeyDictionary[Mask, Any] = WeakKeyDictionary()
+        for _ in range(workers or _cpus(self._ray)):
+            self._hire()
 
     def turn(self, make: Callable[[], Run]) -> None:
         """Go over to another training, with the same actors; what is under way is forgotten."""
@@ -123,6 +153,10 @@ class Ray:
                 self._ray.get(call)
             except self._ray.exceptions.RayActorError:
                 self._replace(n, [])
+        waiting, self._coming = self._coming, {}
+        for _, actor in waiting.values():
+            self._ray.kill(actor)
+            self._hire()
 
     def forget(self) -> None:
         """Nobody will ask for any job so far: its number may be used again."""
@@ -135,10 +169,10 @@ class Ray:
             task.seed, task.density,
         )  # fmt: skip
         self._tasks[job] = task
-        self._queue.append(order)
-        self._dispatch()
+        self._queue.append(order)  # it goes out with the others that are sent now
 
     def result(self, job: int) -> Update:
+        self._dispatch()
         while job not in self._done:
             self._collect()
         done, task = self._done.pop(job), self._tasks.pop(job)
@@ -155,45 +189,70 @@ class Ray:
         self._queue = deque(o for o in self._queue if o.job != job)
 
     def close(self) -> None:
-        for actor in self._actors.values():
+        for actor in [*self._actors.values(), *(actor for _, actor in self._coming.values())]:
             self._ray.kill(actor)
         if self._own:
             self._ray.shutdown()
 
     def _dispatch(self) -> None:
-        while self._queue:
+        while self._queue and self._actors:
             load = dict.fromkeys(self._actors, 0)
             for actor, _ in self._out.values():
                 load[actor] += 1
             idlest = min(load, key=lambda n: load[n])
             if load[idlest] >= 2:  # one batch at work, one waiting: the actor never idles and the queue stays ours
                 return
-            size = max(1, min(32, len(self._queue) // (2 * len(self._actors))))
+            room = 2 * len([*self._actors, *self._coming]) - len(self._out)
+            size = max(1, min(ceil(len(self._queue) / room), int(SPAN / self._pace), MOST))
             orders = [self._queue.popleft() for _ in range(size)]
             self._out[self._actors[idlest].train.remote(orders)] = (idlest, orders)
 
     def _collect(self) -> None:
         self._dispatch()
-        ready, _ = self._ray.wait(list(self._out), num_returns=1)
+        some = bool(self._actors)
+        ready, _ = self._ray.wait([*self._out, *self._coming], num_returns=1, timeout=None if some else PATIENCE)
+        if not ready:
+            free, all = (
+                found.get("CPU", 0) for found in (self._ray.available_resources(), self._ray.cluster_resources())
+            )
+            raise Stalled(
+                f"no worker found a place in {PATIENCE:.0f} s; of the Ray cluster's {all:g} CPUs {free:g} are free"
+            )
         for call in ready:
+            if call in self._coming:
+                self._arrived(call)
+                continue
             actor, orders = self._out.pop(call)
             try:
-                for result in self._ray.get(call):
-                    if result.job in self._tasks:
-                        self._done[result.job] = result
-            except self._ray.exceptions.RayActorError as death:
-                if death.actor_init_failed:  # the next one would fare no better
-                    raise Stalled(f"a worker could not start: {str(death).strip().splitlines()[-1]}") from death
+                results, seconds = self._ray.get(call)
+                self._pace = seconds / len(results) if self._pace == inf else (self._pace + seconds / len(results)) / 2
+                self._done.update({result.job: result for result in results if result.job in self._tasks})
+            except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError):
                 self._replace(actor, orders)
         self._dispatch()
 
-    def _fresh(self) -> Any:
-        return self._class.remote((self._make,), sys.path)
+    def _hire(self) -> None:
+        actor = self._class.remote((self._make,), sys.path)
+        self._coming[actor.where.remote()] = next(self._numbers), actor
+
+    def _arrived(self, call: Any) -> None:
+        """An actor has come up, or has died before."""
+        number, actor = self._coming.pop(call)
+        try:
+            self.nodes[number] = self._ray.get(call)
+        except self._ray.exceptions.RayActorError as death:
+            self._stillborn += 1
+            if death.actor_init_failed or self._stillborn >= TRIES:  # the next one would fare no better
+                raise Stalled(f"a worker could not start: {str(death).strip().splitlines()[-1]}") from death
+            self._hire()
+        else:
+            self._actors[number], self._stillborn = actor, 0
 
     def _replace(self, actor: int, orders: list[_Order]) -> None:
         if actor in self._actors:
-            del self._actors[actor]
-            self._actors[next(self._numbers)] = self._fresh()
+            del self.nodes[actor]
+            self._ray.kill(self._actors.pop(actor))  # it may be only out of reach
+            self._hire()
         lost = [(call, o) for call, (n, o) in self._out.items() if n == actor]
         for call, more in lost:
             del self._out[call]
@@ -223,7 +282,7 @@ class Ray:
 
 
 def _started(workers: int, address: str | None) -> tuple[Any, bool]:
-    """Ray, and whether it was started here."""
+    """Ray, and whether it was started, or the cluster at the address was joined, here. Raises ConfigError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -231,9 +290,44 @@ def _started(workers: int, address: str | None) -> tuple[Any, bool]:
     import ray
 
     if own := not ray.is_initialized():
-        size: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **size)
+        said: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address:
+            _check(address)
+            try:
+                ray.init(address, **said)
+            except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+                raise ConfigError(
+                    f"no Ray cluster could be joined at {address}: {str(error).splitlines()[0]}"
+                ) from error
+        else:
+            ray.init("local", num_cpus=workers or os.cpu_count() or 1, include_dashboard=False, **said)
     return ray, own
+
+
+def _check(address: str) -> None:
+    """Raises ConfigError where no gRPC server answers at once; Ray would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(
+            f"a Ray cluster's address is HOST:PORT, as `ray start --head` says it, or auto; got {address!r}"
+        )
+    try:
+        with socket.create_connection((host, int(port)), timeout=10) as link:
+            if os.environ.get("RAY_USE_TLS") != "1":
+                link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS)
+                if link.recv(9)[3:4] != SETTINGS[3:4]:
+                    raise ConnectionError("what listens there is something else")
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"no Ray cluster at {address} ({error}); `ray start --head` starts one") from error
+
+
+def _cpus(ray: Any) -> int:
+    """Of the whole cluster. Raises ConfigError where there is none."""
+    if not (found := int(ray.cluster_resources().get("CPU", 0))):
+        raise ConfigError("the Ray cluster has no CPUs for workers")
+    return found
 
 
 def _tree_out(tree: Tree) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from prfl.config import Experiment
 from prfl.problem import Problem
 from prfl.tally import Tally
 from sim import plan
-from sim.pools import Pool, serial
+from sim.pools import Place, Pool
 from sim.transport import VirtualTransport
 from strategies.judge import Judge, static
 from strategies.run import Watch, finish, learn
@@ -24,7 +24,7 @@ def simulate(
     experiment: Experiment,
     folder: Path,
     *,
-    pool: Pool = serial,
+    pool: Pool = Place(),
     data_dir: Path | None = None,
     watch: Watch = lambda event, tally: None,
     given: Problem | None = None,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from clients.crew import attempt
 from prfl.types import Task, Update
 
-Run = Callable[[Task], Update]
+Run = Callable[[Sequence[Task]], Sequence[Update | Exception]]
+"""Trains tasks, at once where it can; in place of an update that came to nothing, the reason."""
+
 TRIES = 3  # workers a task may cost before it counts as failed
 
 
@@ -37,7 +40,7 @@ class Serial:
         self._tasks[job] = task
 
     def result(self, job: int) -> Update:
-        return attempt(self._run, self._tasks.pop(job))
+        return settled(*self._run([self._tasks.pop(job)]))
 
     def discard(self, job: int) -> None:
         self._tasks.pop(job, None)
@@ -46,9 +49,15 @@ class Serial:
         self._tasks.clear()
 
 
-def attempt(run: Run, task: Task) -> Update:
-    """The task's update, or Failed with a reason of one line."""
-    try:
-        return run(task)
-    except (ValueError, RuntimeError, ArithmeticError) as error:
-        raise Failed(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+def singly(train: Callable[[Task], Update]) -> Run:
+    """One task after another."""
+    return lambda tasks: [attempt(train, task) for task in tasks]
+
+
+def settled(ended: Update | Exception) -> Update:
+    """The update, or Failed with a reason of one line; what is no fault of the task is raised as it is."""
+    if isinstance(ended, ValueError | RuntimeError | ArithmeticError):
+        raise Failed(str(ended).splitlines()[0] if str(ended) else type(ended).__name__) from ended
+    if isinstance(ended, Exception):
+        raise ended
+    return ended

@@ -50,12 +50,11 @@ class voted:
 
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, Tree]:
         came = shares(state, arrivals, self.staleness, "samples")
-        mean, _ = average(state.params, ((u.mask, local(t, u), a, a) for t, u, a in came))
-        held, given = ({k: torch.zeros_like(v) for k, v in state.params.items()} for _ in range(2))
-        for task, update, a in came:
+        mean, held = average(state.params, ((u.mask, local(t, u), a, a) for t, u, a in came))
+        given = {k: torch.zeros_like(v) for k, v in state.params.items()}
+        for task in {id(task.mask): task for task, *_ in came}.values():
             for k in state.params:
-                update.mask.count_into(k, held[k], a)
-                task.mask.count_into(k, given[k], a)
+                task.mask.count_into(k, given[k], 1.0)
         enough = min(self.votes, sum(a for *_, a in came) * (1 - 1e-6))
         alive = {k: (n > 0) & (n >= enough) for k, n in held.items()}
         old = {k: torch.where((given[k] > 0) | (held[k] > 0), 0.0, w) for k, w in state.params.items()}

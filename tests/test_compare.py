@@ -33,8 +33,8 @@ def small(*more: str) -> Experiment:
     return config.load(experiments.path("default"), [*CHANGES, *more])
 
 
-def ended(todo: list[compare.Job], workers: int = 0) -> list[compare.Outcome]:
-    with pools.kept(workers) as pool:
+def ended(todo: list[compare.Job], workers: int | None = None) -> list[compare.Outcome]:
+    with pools.kept(pools.Place(workers)) as pool:
         return list(compare.run(todo, pool))
 
 

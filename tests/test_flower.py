@@ -52,7 +52,7 @@ from prfl.records import (
 )
 from prfl.types import GIVEN_UP, Architecture, Task, Update, Work
 from sim.app import DEATHS, GridWorkers, nodes
-from sim.pools import serial
+from sim.pools import Place
 from sim.run import simulate
 from sim.workers import Failed
 from strategies import table
@@ -706,7 +706,7 @@ def test_errors_on_a_node_are_the_reasons_of_a_serial_run() -> None:
 
 
 def test_a_simulation_on_nodes_is_the_serial_one(tmp_path: Path) -> None:
-    pools = (serial, nodes(Nodes(3), EXPERIMENT))
+    pools = (Place(), nodes(Nodes(3), EXPERIMENT))
     want, got = (simulate(EXPERIMENT, tmp_path / str(i), pool=pool) for i, pool in enumerate(pools))
     assert [got[k] for k in ("model_sha256", "events_sha256")] == [want[k] for k in ("model_sha256", "events_sha256")]
 

@@ -201,5 +201,5 @@ def test_tasks_given_up_are_in_flight_no_more() -> None:
 def test_ray_gives_the_same_run(tmp_path: Path) -> None:
     experiment = small("method={name: pr_fl, every: 2}")
     here = simulate(experiment, tmp_path / "serial")
-    there = simulate(experiment, tmp_path / "ray", pool=pools.ray(2))
+    there = simulate(experiment, tmp_path / "ray", pool=pools.Place(2))
     assert [here[key] for key in HASHES] == [there[key] for key in HASHES]

@@ -18,7 +18,7 @@ from prfl.store import model_sha256
 from prfl.types import Task, Update
 from sim import pools
 from sim.actors import Ray
-from sim.workers import Failed, Serial, Workers
+from sim.workers import Failed, Run, Serial, Workers, singly
 from strategies.pacing import sync
 from strategies.server import Stalled, serve
 
@@ -32,7 +32,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def make(fatal: str = "") -> Callable[[Task], Update]:
+def make(fatal: str = "") -> Run:
     """A worker's training. Client 1 kills its worker: once, leaving a mark in the folder `fatal`, or "always"."""
     world = World()
 
@@ -45,7 +45,7 @@ def make(fatal: str = "") -> Callable[[Task], Update]:
                 os._exit(1)
         return world.run(task)
 
-    return run
+    return singly(run)
 
 
 def played(workers: Workers, name: str, pacing: str = "buffered", versions: int = 6) -> tuple[str, list[str]]:
@@ -69,7 +69,7 @@ def test_ray_agrees_with_serial(cluster: None, monkeypatch: pytest.MonkeyPatch, 
     """Whether tensors travel through the object store or with the tasks."""
     monkeypatch.setattr("sim.actors.SMALL", small)
     want = played(Serial(make()), name)
-    for workers in (1, 2):
+    for workers in (1, 2, 4):  # there is no place for more than two
         assert played(Ray(make, workers), name) == want
 
 
@@ -97,8 +97,8 @@ def test_actors_take_the_problem_as_it_is_here(cluster: None) -> None:
     world = World()
     parts = [torch.arange(24 * c, 24 * c + 24) for c in range(CLIENTS)]
     problem = Problem(world.model, Dataset("own", world.all, world.all, 3), world.all, parts, Noise(), seed=0)
-    workers = pools.ray(2)(problem)
-    assert played(workers, "pr_fl") == played(pools.serial(problem), "pr_fl")
+    workers = pools.Place(2)(problem)
+    assert played(workers, "pr_fl") == played(pools.Place()(problem), "pr_fl")
 
 
 @pytest.mark.slow
@@ -108,6 +108,20 @@ def test_a_worker_that_can_not_start_ends_the_run_with_its_reason(cluster: None)
 
     with pytest.raises(Stalled, match=r"^a worker could not start: ValueError: no data here$"):
         played(Ray(broken, 1), "fedavg")
+
+
+@pytest.mark.slow
+def test_a_pool_that_finds_no_place_ends_the_run(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr("sim.actors.PATIENCE", 1.0)
+    taken = ray.util.placement_group([{"CPU": 2}])
+    ray.get(taken.ready())
+    try:
+        with pytest.raises(Stalled, match=r"^no worker found a place in 1 s; of the Ray cluster's 2 CPUs 0 are free$"):
+            played(Ray(make, 2), "fedavg")
+    finally:
+        ray.util.remove_placement_group(taken)
 
 
 def test_serial_trains_only_what_is_asked_for() -> None:
@@ -124,7 +138,7 @@ def test_an_error_in_training_is_one_line() -> None:
     def run(task: Task) -> Update:
         raise ValueError("first\nsecond")
 
-    workers = Serial(run)
+    workers = Serial(singly(run))
     workers.submit(0, None)  # type: ignore[arg-type]
     with pytest.raises(Failed, match=r"^first$"):
         workers.result(0)

@@ -16,7 +16,7 @@ from prfl.types import Architecture, Task, Tree, Update, Work
 from sim.devices import MB, Device
 from sim.network import Network, links
 from sim.transport import VirtualTransport
-from sim.workers import Serial, Workers
+from sim.workers import Serial, Workers, singly
 from strategies import table
 from strategies.method import Method
 from strategies.pacing import Pacing, buffered, one_arrival, sync, window
@@ -88,7 +88,7 @@ class World:
         return VirtualTransport(
             self.fleet if fleet is None else fleet,
             [len(d) for d in self.data],
-            workers or Serial(run or self.run),
+            workers or Serial(singly(run or self.run)),
             network or links(),
             codec or Codec(),
             self.layout,

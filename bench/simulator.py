@@ -1,0 +1,194 @@
+"""Client-rounds per second of `prfl run` on Ray, as a ratio to a plain PyTorch loop on two processes, side by side.
+
+    python bench/simulator.py [--works mlp conv2] [--rounds 20] [--repeats 3] [--json FILE]
+
+FedAvg, SGD, learning rate 0.05, batch 20, one local epoch of 100 samples of 28x28 a client. The plain loop is what one
+would write by hand: a model, `torch.optim.SGD` and two processes, one thread each, that add their clients up, so that
+one model a process and round travels. Start-up and the first rounds are left out on both sides. The prfl side encodes,
+checks, clocks and logs every client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prfl import models, partition
+from prfl.config import Experiment
+from prfl.problem import Problem
+from prfl.samples import Dataset, Samples
+from sim import pools
+from sim.pools import Place, Pool
+from sim.run import simulate
+
+SAMPLES, BATCH, LR, PROCESSES = 100, 20, 0.05, 2
+WARM = 3  # rounds that are not timed
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, how many clients there are, and how many a round."""
+
+    model: Mapping[str, Any]
+    clients: int
+    round: int
+
+
+JOBS = {
+    "mlp": Job({"name": "mlp", "hidden": [64]}, 500, 50),
+    "conv2": Job({"name": "two_cnn"}, 100, 10),
+}
+
+
+def problem(job: Job) -> Problem:
+    """Random pictures: speed does not depend on what they show."""
+    draw = torch.Generator().manual_seed(0)
+    size = job.clients * SAMPLES
+    x = torch.randint(0, 256, (size, 1, 28, 28), dtype=torch.uint8, generator=draw)
+    y = torch.randint(0, 10, (size,), generator=draw)
+    train = Samples(x, y, (127.5,), (73.6,))
+    few = train.subset(torch.arange(100))
+    name, *_ = job.model.values()
+    options = {k: v for k, v in job.model.items() if k != "name"}
+    model = models.build(str(name), (1, 28, 28), 10, seed=0, options=options)
+    parts = torch.arange(size).split(SAMPLES)
+    return Problem(model, Dataset("random", train, few, 10), few, parts, partition.Noise(), 0)
+
+
+def prfl(job: Job, given: Problem, pool: Pool, rounds: int, method: Any = "fedavg") -> float:
+    """Client-rounds per second of a run, without its start-up and first rounds."""
+    stamps: list[float] = []
+
+    def watch(event: Mapping[str, Any], tally: Any) -> None:
+        if event["kind"] == "merge":
+            stamps.append(time.perf_counter())
+
+    experiment = Experiment.model_validate(
+        {
+            "data": {"clients": job.clients},
+            "model": job.model,
+            "work": {"epochs": 1, "batch": BATCH, "lr": LR},
+            "method": method,
+            "pacing": {"name": "sync", "clients": job.round},
+            "devices": {"mix": {"laptop": 1.0}},
+            "stop": {"versions": WARM + rounds},
+            "evaluate_every": 10**6,
+            "metrics": [],
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        simulate(experiment, Path(folder) / "run", pool=pool, given=given, watch=watch)
+    return job.round * rounds / (stamps[-1] - stamps[WARM - 1])
+
+
+def bare(job: Job, given: Problem, rounds: int) -> float:
+    """Client-rounds per second of the plain loop."""
+    with workers(given) as pipes:
+        weights = {k: v.clone() for k, v in given.model.state_dict().items()}
+        draw = torch.Generator().manual_seed(0)
+        began = 0.0
+        for version in range(WARM + rounds):
+            if version == WARM:
+                began = time.perf_counter()
+            chosen = torch.randperm(job.clients, generator=draw)[: job.round].tolist()
+            for i, pipe in enumerate(pipes):
+                pipe.send(({k: v.numpy() for k, v in weights.items()}, chosen[i::PROCESSES]))
+            sums = [pipe.recv() for pipe in pipes]
+            weights = {k: torch.from_numpy(sum(s[k] for s in sums)) / job.round for k in weights}
+        return job.round * rounds / (time.perf_counter() - began)
+
+
+@contextmanager
+def workers(given: Problem) -> Iterator[list[Connection]]:
+    """Processes that train what comes through their pipes."""
+    context = mp.get_context("spawn")
+    pipes, running = [], []
+    for _ in range(PROCESSES):
+        here, there = context.Pipe()
+        process = context.Process(target=work, args=(there, given), daemon=True)
+        process.start()
+        there.close()
+        pipes.append(here)
+        running.append(process)
+    try:
+        yield pipes
+    finally:
+        for pipe, process in zip(pipes, running, strict=True):
+            pipe.close()
+            process.join()
+
+
+def work(pipe: Connection, given: Problem) -> None:
+    torch.set_num_threads(1)
+    x = (given.dataset.train.x.float() - 127.5) / 73.6
+    data = [(x[part], given.dataset.train.y[part]) for part in given.parts]
+    while True:
+        try:
+            weights, clients = pipe.recv()
+        except EOFError:
+            return
+        start = {k: torch.from_numpy(v) for k, v in weights.items()}
+        total = {k: torch.zeros_like(v) for k, v in start.items()}
+        for client in clients:
+            given.model.load_state_dict(start)
+            local(given.model, *data[client])
+            for k, v in given.model.state_dict().items():
+                total[k] += v
+        pipe.send({k: v.numpy() for k, v in total.items()})
+
+
+def local(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """One epoch of plain SGD."""
+    sgd = torch.optim.SGD(model.parameters(), lr=LR)
+    for at in torch.randperm(len(y)).split(BATCH):
+        sgd.zero_grad()
+        F.cross_entropy(model(x[at]), y[at]).backward()  # type: ignore[no-untyped-call]
+        sgd.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3, help="of every side, one after the other in turns")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    print(f"{'work':8}{'bare/s':>10}{'prfl/s':>10}{'ratio':>8}{'lowest':>8}{'highest':>8}   start-up of the pool, s")
+    for name in args.works:
+        job = JOBS[name]
+        given = problem(job)
+        began = time.perf_counter()
+        with pools.kept(Place(PROCESSES)) as pool:
+            with closing(pool(given)):
+                started = time.perf_counter() - began
+            pairs = [(bare(job, given, args.rounds), prfl(job, given, pool, args.rounds)) for _ in range(args.repeats)]
+        plain, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
+        ratios = sorted(b / a for a, b in pairs)
+        rows.append({"work": name, "bare": plain, "prfl": ours, "ratios": ratios, "pool_seconds": started})
+        print(
+            f"{name:8}{plain:10.1f}{ours:10.1f}{statistics.median(ratios):8.2f}{ratios[0]:8.2f}{ratios[-1]:8.2f}{started:10.1f}"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"torch": torch.__version__, "cores": os.cpu_count(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
