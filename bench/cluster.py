@@ -75,8 +75,10 @@ def cluster() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The address of two nodes with a CPU each, and the one that does not hold the head."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)))
-        address = f"{HEAD}:{free_port()}"
-        head = ["--head", "--port", address.split(":")[1], "--node-ip-address", HEAD, "--temp-dir", str(folder)]
+        port, client_port = free_port(), free_port()
+        address = f"{HEAD}:{port}"
+        head = ["--head", "--port", str(port), "--ray-client-server-port", str(client_port), "--no-monitor",
+                "--node-ip-address", HEAD, "--temp-dir", str(folder)]  # fmt: skip
         stack.enter_context(node(folder, "head", *head, "--include-dashboard", "false"))
         yield address, stack.enter_context(node(folder, "other", "--address", address, "--node-ip-address", OTHER))
 

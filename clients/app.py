@@ -100,8 +100,9 @@ def _received(message: Message, context: Context) -> Received:
         torch.set_num_threads(threads)
     own, shared = (str(context.node_config.get(key, "")) for key in ("own", "data"))
     experiment = str(config["experiment"])
+    device = str(context.node_config.get("device", "cpu"))
     _check_trust(experiment_in(experiment), context)
-    local, held = _local(experiment, own or shared or str(config.get("data-dir", "")), bool(own))
+    local, held = _local(experiment, own or shared or str(config.get("data-dir", "")), bool(own), device)
     codec = Codec(**json.loads(str(config["codec"])))
     architecture = architecture_in(str(config["architecture"]))
     layout = Layout.of(local.params, architecture.groups)
@@ -121,8 +122,8 @@ def _check_trust(experiment: Experiment, context: Context) -> None:
 
 
 @lru_cache(maxsize=2)
-def _local(experiment: str, folder: str, own: bool) -> tuple[Local, int]:
-    return Local.of(experiment_in(experiment), Path(folder) if folder else None, own), memory.resident()
+def _local(experiment: str, folder: str, own: bool, device: str) -> tuple[Local, int]:
+    return Local.of(experiment_in(experiment), Path(folder) if folder else None, own, device), memory.resident()
 
 
 def _refusal(got: Received, context: Context) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clients import train
-from clients.crew import Crew
+from clients import accelerator, train
+from clients.crew import Crew, attempt
 from prfl import models, problem
 from prfl.config import Experiment
 from prfl.data import Samples
@@ -20,9 +20,13 @@ from prfl.types import Task, Tree, Update
 
 
 class Local:
-    """`samples(client)`: what that client trains on. `params`: the model's entries, for their names and shapes."""
+    """`samples(client)`: what that client trains on. `params`: the model's entries, for their names and shapes.
 
-    def __init__(self, given: Problem):
+    device: what it trains on, as `accelerator.found` knows it. Raises ConfigError.
+    """
+
+    def __init__(self, given: Problem, device: str = "cpu"):
+        self._device = accelerator.found(device)
         self.model: nn.Module = given.model
         self.params: Tree = models.values(given.model)
         self._clients = len(given.parts)
@@ -30,12 +34,12 @@ class Local:
         self._crew = Crew(given.model, self.samples)
 
     @staticmethod
-    def of(experiment: Experiment, folder: Path | None = None, own: bool = False) -> Local:
+    def of(experiment: Experiment, folder: Path | None = None, own: bool = False, device: str = "cpu") -> Local:
         """Built from an experiment and the folder where data sets lie; `own`: all that lies there is this device's.
 
         Without `own` the device cuts its part out as the simulation does, which takes the partitioners of `prfl[sim]`.
         """
-        return Local(problem.build(undivided(experiment) if own else experiment, folder))
+        return Local(problem.build(undivided(experiment) if own else experiment, folder), device)
 
     def samples(self, client: int) -> Samples:
         """A client's training samples. Raises ValueError for one that the experiment does not have."""
@@ -45,11 +49,12 @@ class Local:
 
     def train(self, task: Task) -> Update:
         """The task's update."""
-        return train.train(task, self.model, self.samples(task.client))
+        return train.train(task, self.model, self.samples(task.client), self._device)
 
     def train_all(self, tasks: Sequence[Task]) -> list[Update | Exception]:
         """What `train` makes of each task, to the bit, and sooner; in place of an update that failed, the reason."""
-        return self._crew(tasks)
+        together = self._device == accelerator.CPU
+        return self._crew(tasks) if together else [attempt(self.train, task) for task in tasks]
 
 
 def undivided(experiment: Experiment) -> Experiment:

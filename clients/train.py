@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clients import personal, regrow, statistics
+from clients.accelerator import CPU
 from clients.descent import descent
 from clients.shrink import shrink, sliced_bits
 from clients.widths import drawn
@@ -26,12 +27,14 @@ class Diverged(ValueError):
     """Local training came to values that are not finite."""
 
 
-def train(task: Task, model: nn.Module, samples: Samples) -> Update:
+def train(task: Task, model: nn.Module, samples: Samples, device: torch.device = CPU) -> Update:
     """Train the part of the task's parameters that its mask keeps, by mini-batch SGD on the client's samples.
 
     model: a skeleton; its own values do not matter, and it is left as it was. With channel masks the physically small
     model is trained; with weight masks gradients and weights stay masked. The result depends on nothing but the task
-    and the samples, to the bit, on a given machine and number of threads.
+    and the samples, to the bit, on a given machine and number of threads. The network is trained on `device`, all else
+    is done on the CPU: task, model, samples and update lie there. On a GPU the same task comes to the same update where
+    torch has deterministic kernels for it; another kind of device rounds otherwise.
 
     Metrics: `loss` (mean over the samples seen, without the proximal term), `loss_first` and `loss_last` (of those
     mini-batches), `accuracy` (over the samples seen, before each step), `samples` (seen, repeats included), `steps`;
@@ -52,12 +55,12 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
     losses: list[Tensor] = []
     hits: list[Tensor] = []
     total: list[Tensor] | None = None
-    with _borrowed(net, start, task) as local, _scaled(net, task):
+    with _borrowed(net, start, task, device) as local, _scaled(net, task):
         weights = {k: p for k, p in net.named_parameters() if p.requires_grad}
         shut = {k: torch.empty_like(weights[k].data).copy_(v) for k, v in held.bits.items() if k in weights}
         descend = descent(work, [p.data for p in weights.values()], [shut.get(k) for k in weights])
         for step, (at, narrow) in enumerate(zip(plan, drawn(task, model, net, len(plan)), strict=True), 1):
-            x, y = samples.batch(at)
+            x, y = (v.to(device) for v in samples.batch(at))
             logits = (net if narrow is None or work.distil else narrow)(x)
             if work.absent == "zero":
                 logits = _only(present, logits)
@@ -69,18 +72,18 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
             if statistics.needs_gradient(work) and (work.window == "all" or step == len(plan)):
                 total = statistics.collect(total, gradients)
             if step == moves:
-                now = {k: p.data for k, p in weights.items()}
-                held = regrow.regrown(held, now, _named(weights, gradients), work.regrow)
+                now = {k: p.data.cpu() for k, p in weights.items()}
+                held = regrow.regrown(held, now, _named(weights, [g.cpu() for g in gradients]), work.regrow)
                 for k, mask in shut.items():
                     mask.copy_(held.bits[k])
             descend(gradients, None)
             if step == passed:
-                first = {k: held.gather(k, v.data).clone() for k, v in local.items()}
+                first = {k: held.gather(k, v.data.cpu()).clone() for k, v in local.items()}
             losses.append(loss.detach())
             hits.append(logits.detach().argmax(1) == y)
             if work.patience and not work.steps and _weary(losses, plan, work):
                 break
-        delta = {k: held.gather(k, v.data - start[k]) for k, v in local.items()}
+        delta = {k: held.gather(k, v.data.cpu() - start[k]) for k, v in local.items()}
     means = torch.stack(losses).tolist()
     check(means, delta, work)
     metrics = told(means, [len(h) for h in hits], int(torch.cat(hits).sum()))
@@ -90,7 +93,7 @@ def train(task: Task, model: nn.Module, samples: Samples) -> Update:
     done = replace(task, mask=held) if moves else task
     signal = None
     if work.report:
-        gradient, change = _named(weights, total or ()), {k: delta[k] for k in weights}
+        gradient, change = _named(weights, [g.cpu() for g in total or ()]), {k: delta[k] for k in weights}
         signal = statistics.report(done, held, gradient, change, int(metrics["samples"]))
     update = Update(task.client, task.version, delta, done.mask, float(len(samples)), metrics, signal)
     return personal.pruned(update, task, model, held_out, first) if passed else update
@@ -135,14 +138,17 @@ def _weary(losses: Sequence[Tensor], plan: Sequence[Tensor], work: Work) -> bool
         return False
     sizes = torch.tensor([float(len(at)) for at in plan[:size]])
     means: list[float] = (
-        torch.stack(list(losses)).view(-1, size) @ sizes
+        torch.stack(list(losses)).cpu().view(-1, size) @ sizes
     ).tolist()  # every epoch has batches of the same sizes
     return min(means[: -work.patience]) <= min(means[-work.patience :])
 
 
 @contextmanager
-def _borrowed(net: nn.Module, start: Tree, task: Task) -> Iterator[Tree]:
-    """The entries of the network, lent for training with values of their own; afterwards all is as it was."""
+def _borrowed(net: nn.Module, start: Tree, task: Task, device: torch.device) -> Iterator[Tree]:
+    """The entries of the network, lent for training with values of their own on `device`; afterwards all is as it was.
+
+    But for the random numbers of a GPU, which nobody else draws.
+    """
     tensors = net.state_dict(keep_vars=True)
     local = {k: t for k, t in tensors.items() if t.is_floating_point()}
     if {k: t.shape for k, t in local.items()} != {k: v.shape for k, v in start.items()}:
@@ -154,8 +160,10 @@ def _borrowed(net: nn.Module, start: Tree, task: Task) -> Iterator[Tree]:
     modes = [m.training for m in modules]
     generator = torch.get_rng_state()
     torch.default_generator.manual_seed(task.seed)  # for dropout
+    if device.type == "cuda":
+        torch.cuda.manual_seed(task.seed)
     for k, t in tensors.items():
-        t.data, t.grad = _own(start.get(k, t.data)), None
+        t.data, t.grad = _own(start.get(k, t.data), device), None
     for m in norms:
         m.track_running_stats = task.work.statistics == "share"
     net.train()
@@ -171,9 +179,10 @@ def _borrowed(net: nn.Module, start: Tree, task: Task) -> Iterator[Tree]:
         torch.set_rng_state(generator)
 
 
-def _own(value: Tensor) -> Tensor:
+def _own(value: Tensor, device: torch.device) -> Tensor:
     """A copy; channels last for convolutions, which mostly run a tenth to a fifth faster that way."""
-    return value.clone(memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format)
+    layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+    return value.to(device, copy=True, memory_format=layout)
 
 
 @contextmanager
@@ -208,7 +217,7 @@ def _taken(weight: nn.Parameter) -> Tensor:
 
 def _only(present: Tensor, logits: Tensor) -> Tensor:
     """Logits, zero (not minus infinity) for classes that the client lacks: HeteroFL's masked cross-entropy."""
-    return logits * torch.zeros(logits.shape[1]).index_fill_(0, present, 1.0)
+    return logits * logits.new_zeros(logits.shape[1]).index_fill_(0, present.to(logits.device), 1.0)
 
 
 def _binary(logits: Tensor, y: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def _inside(net: nn.Module, small: nn.Module, mask: Mask, narrow: Mask) -> Forwa
             module.track_running_stats = False  # statistics of a width are those of its batch
     small.train()
     weights = dict(net.named_parameters())
-    places = {k: _places(mask, narrow, k) for k in weights}
+    places = {k: {axis: at.to(w.device) for axis, at in _places(mask, narrow, k).items()} for k, w in weights.items()}
 
     def forward(x: Tensor) -> Tensor:
         out: Tensor = functional_call(small, {k: _sliced(w, places[k]) for k, w in weights.items()}, (x,))

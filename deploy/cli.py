@@ -126,6 +126,7 @@ def node(
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Data sets; the client's part is cut out.")] = None,
     own: Annotated[Path | None, typer.Option(metavar="DIR", help="The device's own data.")] = None,
     memory: Annotated[int, typer.Option(min=0, metavar="BYTES", help="What training may use; 0: all.")] = 0,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="What it trains on.")] = "cpu",
     trust: Annotated[
         list[str] | None, typer.Option(metavar="PACKAGE", help="Installed here; experiments may name its parts.")
     ] = None,
@@ -139,7 +140,7 @@ def node(
 
     here = _home(home)
     host, port = link.address(server, PORT)
-    config = _config(here, key or f"client-{client}", client, profile, data, own, memory, trust or [])
+    config = _config(here, key or f"client-{client}", client, profile, data, own, memory, trust or [], device)
     if insecure:
         _say(PLAIN)
     else:
@@ -214,6 +215,7 @@ def _config(
     own: Path | None,
     memory: int,
     trusted: Sequence[str],
+    device: str,
 ) -> Mapping[str, str | int]:
     """Flower's node config."""
     from deploy.home import NAME
@@ -238,6 +240,11 @@ def _config(
             config[option] = str(path)
     if memory:
         config["memory"] = memory
+    if device != "cpu":
+        from clients import accelerator
+
+        accelerator.found(device)
+        config["device"] = device
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ Workers = str | int
 """Where clients train: "ray" (an actor a core), so many Ray actors, or "serial" (in this process).
 
 `ray_address`: HOST:PORT of a Ray cluster that runs already, or "auto" for this machine's; None: one of our own.
+`device`: what they train on, "cpu" or "cuda"; `gpus`: with cuda, the share of a GPU that each actor takes.
 """
 
 
@@ -58,6 +60,8 @@ def run(
     out: str | Path | None = None,
     workers: Workers = "ray",
     ray_address: str | None = None,
+    device: str = "cpu",
+    gpus: float = 1.0,
     data_dir: str | Path | None = None,
 ) -> Result:
     """Simulate an experiment, a YAML file or the name of one that ships, with `changes` as {"method": "fedbuff"}.
@@ -71,7 +75,9 @@ def run(
 
     chosen = _experiment(experiment, changes)
     folder = store.free(None if out is None else Path(out), chosen.name)
-    return Result(folder, simulate(chosen, folder, pool=_place(workers, ray_address), data_dir=_path(data_dir)))
+    return Result(
+        folder, simulate(chosen, folder, pool=_place(workers, ray_address, device, gpus), data_dir=_path(data_dir))
+    )
 
 
 def compare(
@@ -83,6 +89,8 @@ def compare(
     out: str | Path | None = None,
     workers: Workers = "ray",
     ray_address: str | None = None,
+    device: str = "cpu",
+    gpus: float = 1.0,
     usual_pacing: bool = False,
     targets: Sequence[float] = (),
     data_dir: str | Path | None = None,
@@ -98,7 +106,7 @@ def compare(
     chosen = _experiment(experiment, changes)
     folder = comparing.place(chosen, _path(out))
     todo = comparing.jobs(chosen, methods, seeds, folder, usual_pacing)
-    with pools.kept(_place(workers, ray_address)) as pool:
+    with pools.kept(_place(workers, ray_address, device, gpus)) as pool:
         ended = list(comparing.run(todo, pool, _path(data_dir)))
     return gathered(ended, folder, targets)
 
@@ -115,11 +123,8 @@ def gathered(
         if outcome.summary is not None:
             groups.setdefault(outcome.job.label, []).append(traces.read(outcome.job.folder, watts))
     failed = {f"{o.job.label}, seed {o.job.experiment.seed}": o.reason for o in ended if o.summary is None}
-    page = None
-    if groups:
-        page = folder / "report.html"
-        told = [f"Failed: {run} ({reason})." for run, reason in failed.items()]
-        report.make(groups, _title(ended[0].job.experiment.name, groups), targets, told).write(page)
+    told = [f"Failed: {run} ({reason})." for run, reason in failed.items()]
+    page = _reported(groups, ended[0].job.experiment.name, folder, targets, told) if groups else None
     runs = {label: [Result(t.folder, t.summary) for t in found] for label, found in groups.items()}
     return Comparison(folder, runs, failed, page)
 
@@ -130,8 +135,21 @@ def gather(
     """The report on finished runs, simulated or real, or on all below these folders. Raises ConfigError."""
     groups = traces.grouped([traces.read(folder, watts) for folder in traces.expand(folders)])
     names = {str(t.config["name"]) for found in groups.values() for t in found}
-    page = out / "report.html"
-    report.make(groups, _title(", ".join(sorted(names)), groups), targets).write(page)
+    return _reported(groups, ", ".join(sorted(names)), out, targets)
+
+
+def _reported(
+    groups: Mapping[str, Sequence[traces.Trace]],
+    name: str,
+    folder: Path,
+    targets: Sequence[float],
+    told: Sequence[str] = (),
+) -> Path:
+    """The report's page, written with what goes beside it, the summaries of all runs among it."""
+    page = folder / "report.html"
+    report.make(groups, _title(name, groups), targets, told).write(page)
+    summaries = {label: [t.summary for t in found] for label, found in groups.items()}
+    (folder / "summaries.json").write_text(json.dumps(summaries, indent=1, default=str) + "\n", encoding="utf-8")
     return page
 
 
@@ -153,13 +171,13 @@ def _yaml(value: Any) -> str:
         raise ConfigError(f"{value!r} is no value of an experiment") from None
 
 
-def _place(workers: Workers, address: str | None) -> Place:
+def _place(workers: Workers, address: str | None, device: str, gpus: float) -> Place:
     from sim.pools import Place
 
     if workers in ("serial", "ray"):
-        return Place(None if workers == "serial" else 0, address)
+        return Place(None if workers == "serial" else 0, address, device, gpus)
     if type(workers) is int and workers > 0:
-        return Place(workers, address)
+        return Place(workers, address, device, gpus)
     raise ConfigError(f'workers: "ray", "serial" or a number of Ray actors, got {workers!r}')
 
 

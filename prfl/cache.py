@@ -147,7 +147,7 @@ def _places(mask: Mask, params: Tree) -> Tensor | None:
     if all(mask.whole(k) for k in params):
         return None
     sizes = [params[k].numel() for k in sorted(params)]
-    parts = torch.arange(sum(sizes), dtype=torch.int32).split(sizes)
+    parts = torch.split(torch.arange(sum(sizes), dtype=torch.int32), sizes)
     return torch.cat(
         [mask.gather(k, part.view(params[k].shape)) for k, part in zip(sorted(params), parts, strict=True)]
     )

@@ -40,6 +40,8 @@ RAY_ADDRESS = Annotated[
 ]
 PROFILES = Annotated[Path | None, typer.Option(metavar="FILE", help="Device profiles whose watts count.")]
 app.add_typer(devices_app, name="devices")
+DEVICE = Annotated[str, typer.Option(metavar="cpu|cuda", help="What clients train on.")]
+GPUS = Annotated[float, typer.Option(metavar="SHARE", help="Of a GPU that each Ray actor takes, with cuda.")]
 
 
 @app.callback()
@@ -54,6 +56,8 @@ def run(
     workers: WORKERS = "ray",
     num_workers: NUM_WORKERS = 0,
     ray_address: RAY_ADDRESS = None,
+    device: DEVICE = "cpu",
+    gpus_per_worker: GPUS = 1.0,
     data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where data sets lie.")] = None,
     home: Annotated[Path, typer.Option(metavar="DIR", envvar="PRFL_HOME", help="Of the server, for real devices.")] = (
         HOME
@@ -89,9 +93,10 @@ def run(
     from sim import pools  # torch comes with them, after the first line
     from sim.run import simulate
 
-    pool = pools.Place(None if workers == "serial" else num_workers, ray_address)
+    place = pools.Place(None if workers == "serial" else num_workers, ray_address, device, gpus_per_worker)
+    place.check()
     with told, live.Watch(title, experiment.stop.versions, console) as watch:
-        result = simulate(experiment, folder, pool=pool, data_dir=data_dir, watch=_both(watch, told))
+        result = simulate(experiment, folder, pool=place, data_dir=data_dir, watch=_both(watch, told))
         told.ended(result)
     _shown(result, folder)
 
@@ -166,6 +171,8 @@ def compare(
     workers: WORKERS = "ray",
     num_workers: NUM_WORKERS = 0,
     ray_address: RAY_ADDRESS = None,
+    device: DEVICE = "cpu",
+    gpus_per_worker: GPUS = 1.0,
     usual_pacing: Annotated[bool, typer.Option("--usual-pacing", help="Each method in its paper's pacing.")] = False,
     targets: TARGETS = "",
     profiles: PROFILES = None,
@@ -191,7 +198,9 @@ def compare(
     folder = comparing.place(experiment, out)
     todo = comparing.jobs(experiment, comparing.specs(methods), _numbers("seeds", seeds, int), folder, usual_pacing)
     print(f"{len(todo)} runs: {folder}", flush=True)
-    with pools.kept(pools.Place(None if workers == "serial" else num_workers, ray_address)) as pool:
+    with pools.kept(
+        pools.Place(None if workers == "serial" else num_workers, ray_address, device, gpus_per_worker)
+    ) as pool:
         ended = []
         for outcome in comparing.run(todo, pool, data_dir):
             ended.append(outcome)

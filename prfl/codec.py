@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from math import isfinite, prod
 from struct import Struct, error
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prfl.bitstream import Layout, Reader, Refused, decode_mask, decode_set, digest, encode_mask, encode_set, name_mask
-from prfl.envelope import TASK, UPDATE, Part, Values, open_values, seal, seal_values, unseal
+from prfl.envelope import TASK, UPDATE, Part, Values, look, open_values, seal, seal_values, sealed, unseal
 from prfl.masks import Mask
 from prfl.types import Task, Tree, Update, Work
 
@@ -97,33 +97,11 @@ class Codec:
         `carry`: what rounding withheld so far, in full shape: added before rounding and returned new (error
         feedback, Seide et al. 2014). None when nothing is lost.
         """
-        if (update.client, update.version) != (task.client, task.version):
-            raise ValueError(f"update of {update.client}, {update.version} for task of {task.client}, {task.version}")
-        mask = update.mask
-        same = mask is task.mask or digest(mask) == digest(task.mask)
-        sizes = layout.sizes(mask)
-        delta = _checked(update.delta, layout.shapes, sizes)
-        if carry is not None:
-            delta = [v + mask.gather(k, carry[k]) for k, v in zip(layout.shapes, delta, strict=True)]
-        values = seal_values(self.values, delta, _seed(UPDATE, task))
-        signal: list[Part] = []
-        if update.signal is not None:
-            present = [k in update.signal for k in layout.shapes]
-            names, counts = _reported(present, layout, sizes, task.work)
-            signal = seal_values(self.values, _checked(update.signal, names, counts), _seed(UPDATE, task, 1))
-            signal.insert(0, encode_set(np.array(present)))
-        data = seal(
-            UPDATE,
-            layout,
-            [_pack(_UPDATE, update.client, update.version, update.weight)],
-            [_json({k: float(v) for k, v in update.metrics.items()})],
-            [] if same else [encode_mask(mask, layout)],
-            values,
-            signal,
-        )
+        delta, sections = self._laid_out(update, task, layout, carry)
+        data = seal(UPDATE, layout, *sections)
         if self.lossless:
             return data, None
-        scales, *codes = map(np.asarray, values[1:])
+        mask, (scales, *codes) = update.mask, map(np.asarray, sections[3][1:])
         withheld = {}
         for (k, shape), v, scale, code in zip(layout.shapes.items(), delta, scales.tolist(), codes, strict=True):
             lost = torch.from_numpy(code).float().mul_(-scale).add_(v)
@@ -142,12 +120,8 @@ class Codec:
         client, version, weight = _unpack(_UPDATE, fields)
         if (client, version) != (task.client, task.version):
             raise Refused(f"client {client}, version {version}, not {task.client}, {task.version} as asked")
-        if not LIGHTEST <= weight <= HEAVIEST:
-            raise Refused(f"weight {weight:g} is not within {LIGHTEST:g} and {HEAVIEST:g}")
         scores = _object(metrics, "metrics")
-        for k, v in scores.items():
-            if type(v) is not float or not isfinite(v) or not k.isprintable():
-                raise Refused(f"metrics: {k!a:.40} is no finite number")
+        _accept(weight, scores)
         mask = decode_mask(mask_bytes, layout) if len(mask_bytes.data) else task.mask
         names, sizes = list(layout.shapes), layout.sizes(mask)
         delta, signal = open_values(values, names, sizes, limit=FARTHEST), None
@@ -158,6 +132,57 @@ class Codec:
             reported = _reported(present.tolist(), layout, sizes, task.work)
             signal = open_values(report, *reported, "signal ", LOUDEST)
         return Update(client, version, delta, mask, weight, scores, signal)
+
+    def deliver(
+        self, update: Update, task: Task, layout: Layout, *, carry: Tree | None = None
+    ) -> tuple[Update, int, Tree | None]:
+        """What `decode_update` makes of what `encode_update` writes, the length of that, and what was withheld.
+
+        Where nothing is lost the message is laid out, measured and looked at, but neither written nor read.
+        """
+        if not self.lossless:
+            data, withheld = self.encode_update(update, task, layout, carry=carry)
+            return self.decode_update(data, task, layout), len(data), withheld
+        _, sections = self._laid_out(update, task, layout, None)
+        scores = {k: float(v) for k, v in update.metrics.items()}
+        _accept(update.weight, scores)
+        look(update.delta, "", FARTHEST)
+        if update.signal is not None:
+            look(update.signal, "signal ", LOUDEST)
+        mask = decode_mask(Reader(memoryview(sections[2][0])), layout) if sections[2] else task.mask
+        return replace(update, mask=mask, metrics=scores), sealed(*sections), None
+
+    def _laid_out(
+        self, update: Update, task: Task, layout: Layout, carry: Tree | None
+    ) -> tuple[list[Tensor], list[Sequence[Part]]]:
+        """The moves with what was withheld before, and the sections of the message."""
+        if (update.client, update.version) != (task.client, task.version):
+            raise ValueError(f"update of {update.client}, {update.version} for task of {task.client}, {task.version}")
+        mask = update.mask
+        same = mask is task.mask or digest(mask) == digest(task.mask)
+        sizes = layout.sizes(mask)
+        delta = _checked(update.delta, layout.shapes, sizes)
+        if carry is not None:
+            delta = [v + mask.gather(k, carry[k]) for k, v in zip(layout.shapes, delta, strict=True)]
+        values = seal_values(self.values, delta, _seed(UPDATE, task))
+        signal: list[Part] = []
+        if update.signal is not None:
+            present = [k in update.signal for k in layout.shapes]
+            names, counts = _reported(present, layout, sizes, task.work)
+            signal = seal_values(self.values, _checked(update.signal, names, counts), _seed(UPDATE, task, 1))
+            signal.insert(0, encode_set(np.array(present)))
+        fields = _pack(_UPDATE, update.client, update.version, update.weight)
+        metrics = _json({k: float(v) for k, v in update.metrics.items()})
+        return delta, [[fields], [metrics], [] if same else [encode_mask(mask, layout)], values, signal]
+
+
+def _accept(weight: float, metrics: Mapping[str, Any]) -> None:
+    """Raises Refused for what no training comes to."""
+    if not LIGHTEST <= weight <= HEAVIEST:
+        raise Refused(f"weight {weight:g} is not within {LIGHTEST:g} and {HEAVIEST:g}")
+    for k, v in metrics.items():
+        if type(v) is not float or not isfinite(v) or not k.isprintable():
+            raise Refused(f"metrics: {k!a:.40} is no finite number")
 
 
 def _reported(present: Sequence[bool], layout: Layout, kept: Sequence[int], work: Work) -> tuple[list[str], list[int]]:

@@ -94,7 +94,8 @@ class Stop(_Section):
 class Experiment(_Section):
     """One run: the same experiment gives the same model to the bit.
 
-    The validation split is scored every so many versions (`evaluate_every`), the test split with it or at the end.
+    The validation split is scored every so many versions (`evaluate_every`), but not before `evaluate_after` seconds
+    have passed since the last time; the test split with it or at the end.
     `metrics`, at the end: precision, recall and F1 (macro); scores on every simulated client's own data (local).
     """
 
@@ -113,6 +114,7 @@ class Experiment(_Section):
     residual: bool = False
     stop: Stop = Field(default_factory=lambda: Stop(versions=100))
     evaluate_every: int = Field(5, ge=1)
+    evaluate_after: float = Field(0.0, ge=0)
     test: Literal["always", "end"] = "always"
     metrics: tuple[Literal["macro", "local"], ...] = ("macro", "local")
 

@@ -12,7 +12,7 @@ import numpy as np
 from prfl.figures import Line, Stay
 from prfl.traces import Span, Trace
 
-POINTS = 150  # of a mean curve
+POINTS = 80  # of a mean curve
 BINS = 40  # of a course over time
 ROWS = 50  # clients in a Gantt chart
 CLASSES = 12  # device classes told apart; more are drawn as one

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prfl import page
-from prfl.figures import legend
+from prfl.figures import legend, sheet
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """`panels`: SVG. `legend`: whether the document's colours are told with it."""
+    """`panels`: SVG. `legend`: whether the document's colours are told with it.
+
+    picture: its name in a file of its own beside the Markdown, which shows it; only for panels of `figures.lines`.
+    """
 
     panels: Sequence[str]
     caption: str
     legend: bool = True
+    picture: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,14 @@ class Document:
                     body.append(page.paragraph(block))
         return page.page(self.title, body)
 
-    def markdown(self) -> str:
-        """Words and tables; of the figures what they show."""
+    def pictures(self) -> dict[str, str]:
+        """The figures that have a picture, by its name: SVG."""
+        figures = [b for section in self.sections for b in section.blocks if isinstance(b, Figure) and b.picture]
+        names = self.colours if len(self.colours) > 1 else {}
+        return {b.picture: sheet(b.panels, names, page.style()) for b in figures}
+
+    def markdown(self, beside: str = "report") -> str:
+        """Words and tables; of the figures what they show, or their picture. `beside`: how names of pictures begin."""
         out = [f"# {_plain(self.title)}", _plain(self.lead), *(f"**{_plain(text)}**" for text in self.warnings)]
         for section in self.sections:
             out.append(f"## {_plain(section.title)}")
@@ -70,6 +80,8 @@ class Document:
                     rows = [block.head, ["---"] * len(block.head), *block.rows]
                     out.append("\n".join(f"| {' | '.join(map(_plain, row))} |" for row in rows))
                     out += [_plain(block.note)] if block.note else []
+                elif isinstance(block, Figure) and block.picture:
+                    out += [f"![{_plain(section.title)}]({beside}-{block.picture}.svg)", _plain(block.caption)]
                 elif isinstance(block, Figure):
                     out.append(f"*In the HTML page:* {_plain(block.caption)}")
                 else:
@@ -77,11 +89,13 @@ class Document:
         return "\n\n".join(out) + "\n"
 
     def write(self, file: Path) -> Path:
-        """The page, and the same as Markdown beside it, whose path comes back."""
+        """The page, and the same as Markdown beside it, whose path comes back, with its pictures."""
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(self.html(), encoding="utf-8")
+        for name, picture in self.pictures().items():
+            file.with_name(f"{file.stem}-{name}.svg").write_text(picture, encoding="utf-8")
         beside = file.with_suffix(".md")
-        beside.write_text(self.markdown(), encoding="utf-8")
+        beside.write_text(self.markdown(file.stem), encoding="utf-8")
         return beside
 
 

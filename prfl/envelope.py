@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prfl.bitstream import Layout, Reader, Refused
+from prfl.types import Tree
 
 Values = Literal["float32", "float16", "int8"]
 Part = bytes | memoryview
@@ -36,6 +37,11 @@ def seal(kind: int, layout: Layout, *sections: Sequence[Part]) -> bytes:
     for part in parts:
         check = crc32(part, check)
     return b"".join((*parts, _CRC.pack(check)))
+
+
+def sealed(*sections: Sequence[Part]) -> int:
+    """The length of what `seal` makes of these sections."""
+    return _HEAD.size + 8 * len(sections) + sum(memoryview(p).nbytes for s in sections for p in s) + _CRC.size
 
 
 def unseal(data: bytes, kind: int, layout: Layout, sections: int) -> list[Reader]:
@@ -80,13 +86,20 @@ def open_values(
 ) -> dict[str, Tensor]:
     """1-D float32 by name; Refused when the length is not that of `sizes`, or a value is not finite or past `limit`."""
     out, flat = _read(section, names, sizes)
-    if not flat.dot(flat).item() <= limit * limit:  # much faster than to look at each; it fails for NaN and Inf
-        for k, values in out.items():
-            top = _largest(values.nan_to_num(inf, inf, -inf))
-            if top > limit:
-                word = "NaN" if bool(values.isnan().any()) else "Inf"
-                raise Refused(f"{word} in {what}{k}" if top == inf else f"{top:g} in {what}{k}, more than {limit:g}")
+    if not flat.dot(flat).item() <= limit * limit:
+        look(out, what, limit)
     return out
+
+
+def look(tree: Tree, what: str, limit: float) -> None:
+    """Refused for a 1-D value that is not finite or past `limit`."""
+    for k, values in tree.items():
+        if values.dot(values).item() <= limit * limit:  # much faster than to look at each; it fails for NaN and Inf
+            continue
+        top = _largest(values.nan_to_num(inf, inf, -inf))
+        if top > limit:
+            word = "NaN" if bool(values.isnan().any()) else "Inf"
+            raise Refused(f"{word} in {what}{k}" if top == inf else f"{top:g} in {what}{k}, more than {limit:g}")
 
 
 def _halve(values: Tensor) -> tuple[float, Tensor]:
@@ -99,7 +112,7 @@ def _quantise(values: Tensor, rng: np.random.Generator) -> tuple[float, Tensor]:
     if not 2.0**-126 <= scale < float("inf"):  # too small to divide by; or NaN or Inf, which the scale alone tells
         return 0.0 if scale < 1 else scale, torch.zeros(len(values), dtype=torch.int8)
     codes = torch.empty(len(values), dtype=torch.int8)
-    for some, code in zip(values.split(BLOCK), codes.split(BLOCK), strict=True):
+    for some, code in zip(torch.split(values, BLOCK), torch.split(codes, BLOCK), strict=True):
         draws = np.asarray(rng.bit_generator.random_raw((len(some) + 3) // 4)).view(np.uint16)[: len(some)]
         noise = torch.from_numpy(draws.astype(np.float32)).add_(0.5).mul_(2.0**-16)
         code.copy_(noise.add_(some / scale).floor_().clamp_(-127, 127))

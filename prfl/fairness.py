@@ -21,6 +21,11 @@ def worst(values: Sequence[float], share: float = 0.1) -> float:
     return fmean(sorted(values)[: max(1, ceil(share * len(values)))])
 
 
+def personal(accuracies: Sequence[float]) -> dict[str, float]:
+    """Clients' own models on data of theirs that they do not train on, a client as one. ValueError: nobody has one."""
+    return {"clients": len(accuracies), "accuracy": fmean(accuracies), "worst_tenth": worst(accuracies)}
+
+
 def local(clients: Mapping[int, Mapping[str, Any]], test_accuracy: float) -> dict[str, Any]:
     """The global model on the clients' own training parts: `clients[c]` holds class, updates, samples, accuracy.
 

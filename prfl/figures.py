@@ -10,6 +10,7 @@ from math import ceil, floor, log10
 WIDTH, HEIGHT = 300, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 26, 40
 COLOURS = 8
+GAP = 20  # around and between the panels of a sheet
 
 UNITS: dict[str, tuple[tuple[float, str], ...]] = {
     "seconds": ((120.0, "s"), (7200.0, "min"), (float("inf"), "h")),
@@ -180,6 +181,26 @@ def legend(names: Mapping[str, int]) -> str:
     key = '<svg class="key" viewBox="0 0 22 8" aria-hidden="true"><path class="line c{0} {1}" d="M1 4H21"/></svg>'
     items = (f"<span>{key.format(c % COLOURS, _dash(c))}{escape(name)}</span>" for name, c in names.items())
     return f'<p class="legend">{" ".join(items)}</p>'
+
+
+def sheet(panels: Sequence[str], names: Mapping[str, int], style: str) -> str:
+    """Panels of `lines` side by side under their legend: an SVG file that is whole by itself, `style` included."""
+    wide = (WIDTH + GAP) * len(panels) - GAP
+    out, x, y = [], 0.0, 0.0
+    for name, colour in names.items():
+        width = 42 + 6.2 * len(name)
+        x, y = (x, y) if x + width <= wide else (0.0, y + 18)
+        out.append(f'<path class="line c{colour % COLOURS} {_dash(colour)}" d="M{x:.1f} {y + 9:g}h22"/>')
+        out.append(_text("value", x + 27, y + 13, name))
+        x += width
+    y += 32 if names else 0
+    place = '<svg x="{}" y="{:g}" width="{}" height="{}" '
+    for i, panel in enumerate(panels):
+        out.append(panel.replace('<svg class="figure" ', place.format(i * (WIDTH + GAP), y, WIDTH, HEIGHT), 1))
+    box = f"{-GAP} {-GAP} {wide + 2 * GAP} {y + HEIGHT + 2 * GAP:g}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-family="system-ui, sans-serif">'
+    ground = f'<rect x="{-GAP}" y="{-GAP}" width="100%" height="100%" fill="var(--ground)"/>'
+    return "".join([head, f"<style>{style}</style>", ground, *out, "</svg>\n"])
 
 
 def _dash(colour: int) -> str:

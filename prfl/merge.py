@@ -28,6 +28,7 @@ from prfl.quality import by_quality
 from prfl.staleness import FLAT, ROOT, Staleness
 from prfl.standing import by_value
 from prfl.types import Arrival, Merge, State, Task, Tree, Update
+from prfl.votes import voted
 
 
 @dataclass(frozen=True)
@@ -251,4 +252,5 @@ TABLE: dict[str, Callable[..., Merge]] = {
     "adam": adam,
     "by_quality": by_quality,
     "by_value": by_value,
+    "voted": voted,
 }

@@ -18,7 +18,7 @@ def page(title: str, body: Sequence[str]) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         'img-src data:">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{style()}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -53,7 +53,8 @@ def listing(items: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
-def _style() -> str:
+def style() -> str:
+    """The style of pages and pictures, on light and on dark ground."""
     light = "".join(f"--c{i}:{c};" for i, c in enumerate(LIGHT))
     dark = "".join(f"--c{i}:{c};" for i, c in enumerate(DARK))
     colours = "".join(f".c{i}{{--c:var(--c{i})}}" for i in range(len(LIGHT)))

@@ -86,7 +86,7 @@ def _costs(groups: Groups, aims: Sequence[float]) -> Section:
         "Accuracy on the validation split against time, bytes down and up, and energy of computing, sending and "
         f"receiving, as far as they are known.{band if several else ''} Dotted: the targets of the table."
     )
-    return Section("Accuracy and its cost", [Figure(panels, caption), tables.costs(groups, aims)])
+    return Section("Accuracy and its cost", [Figure(panels, caption, picture="accuracy"), tables.costs(groups, aims)])
 
 
 def _fairness(groups: Groups) -> Section:
@@ -120,7 +120,8 @@ def _pruning(groups: Groups) -> Section:
     """How much of the model clients get, and all of them together."""
     end = _end(groups)
     found = curves.over_time(groups, lambda s: s.density, lambda s: s.start, end)
-    blocks: list[str | Table | Figure] = []
+    table = tables.pruning(groups)
+    blocks: list[str | Table | Figure] = [table] if len(table.head) > 1 else []
     if found:
         caption = "Share of the model that clients get, by device class: mean over the tasks sent at that time."
         blocks.append(Figure(_courses(found, end, Axis("density", 0.0, 1.0)), caption))
@@ -176,9 +177,11 @@ def _runs(groups: Groups) -> Section:
     """What exactly was run."""
     first = next(iter(groups.values()))[0].config
     stops = ", ".join(f"{value:g} {key}" for key, value in first["stop"].items() if value != inf)
+    after = first.get("evaluate_after")
+    apart = f", {after:g} s after the last time at the earliest" if after else ""
     text = (
         f"A run ends at {stops}{', whichever comes first' if ',' in stops else ''}. The validation split is scored "
-        f"every {_count(first['evaluate_every'], 'version')}. The same experiment and seed give the same model."
+        f"every {_count(first['evaluate_every'], 'version')}{apart}. The same experiment and seed give the same model."
     )
     return Section("Runs", [text, tables.runs(groups)])
 

@@ -64,16 +64,18 @@ def costs(groups: Groups, targets: Sequence[float]) -> Table:
 def fairness(groups: Groups) -> Table:
     """Who took part, and how well the model does for whom."""
     head = ("method", "Jain of updates", "clients never used", "worst 10 %", "participants", "others",
-            "Jain of accuracy", "gap")  # fmt: skip
+            "Jain of accuracy", "gap", "personal", "personal, worst 10 %")  # fmt: skip
     rows = []
     for label, group in groups.items():
         found = [t.summary.get("local") or {} for t in group]
+        own = [t.summary.get("personal") or {} for t in group]
         unused = [{"clients": sum(not row["updates"] for row in t.clients.values())} for t in group if t.clients]
         rows.append([
             label, _told([t.summary for t in group], "jain_updates", ".2f"), _told(unused, "clients", ".1f"),
             _told(found, "worst_tenth", ".3f"),
             *(_told([f.get(kind, {}) for f in found], "accuracy", ".3f") for kind in ("participants", "others")),
             _told(found, "jain_accuracy", ".3f"), _told(found, "generalisation_gap", ".3f"),
+            _told(own, "accuracy", ".3f"), _told(own, "worst_tenth", ".3f"),
         ])  # fmt: skip
     local = (
         " Worst 10 %, participants (clients whose updates were merged) and others: accuracy of the final global model "
@@ -81,19 +83,40 @@ def fairness(groups: Groups) -> Table:
         if any(t.summary.get("local") for group in groups.values() for t in group)
         else ""
     )
-    note = f"Jain's index is 1 when all clients have the same, 1/n when one of n has all{_over(groups)}.{local}"
+    personal = (
+        " Personal: accuracy of the clients' own models, as each came with its last update, on data of the client's "
+        "that it does not train on."
+        if any(t.summary.get("personal") for group in groups.values() for t in group)
+        else ""
+    )
+    note = f"Jain's index is 1 when all clients have the same, 1/n when one of n has all{_over(groups)}."
+    return _known(head, rows, f"{note}{local}{personal}")
+
+
+def pruning(groups: Groups) -> Table:
+    """How much of the model clients had, and how many clients each weight."""
+    head = ("method", "mean density", "density at the end", "covering, least", "covering, mean")
+    keys = (("mean_density", ".2f"), ("final_density", ".2f"), ("least_covering_index", ".1f"),
+            ("mean_covering_index", ".1f"))  # fmt: skip
+    rows = [[label, *(_told([t.summary for t in group], *key) for key in keys)] for label, group in groups.items()]
+    note = (
+        f"Density: mean over the updates used; at the end: over the clients, each by its last task{_over(groups)}. "
+        "Covering: the minimum covering index of a merge, how many of its updates hold the weight that fewest hold; "
+        "least and mean over the merges of a run."
+    )
     return _known(head, rows, note)
 
 
 def runs(groups: Groups) -> Table:
     """Every run, with what tells it from the others."""
-    head = ["method", "seed", "pacing", "versions", "wall time", "model sha256"]
+    head = ("method", "seed", "pacing", "versions", "covering, least", "covering, mean", "wall time", "model sha256")
     rows = [
         [label, str(t.seed), pacing(t.config["pacing"]), str(t.summary["versions"]),
+         _told([t.summary], "least_covering_index", ".0f"), _told([t.summary], "mean_covering_index", ".1f"),
          duration(t.summary["wall_seconds"]), str(t.summary["model_sha256"])[:12]]
         for label, group in groups.items() for t in group
     ]  # fmt: skip
-    return Table(head, rows)
+    return _known(head, rows, "")
 
 
 def pacing(spec: Any) -> str:

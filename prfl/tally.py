@@ -27,6 +27,7 @@ class Tally:
     staleness: float = 0.0  # running mean of the latest arrivals
     scores: Mapping[str, float] = field(default_factory=dict)
     best: float = 0.0  # best validation accuracy
+    scored: float = -inf  # when the latest evaluation was
     density: dict[str, float] = field(default_factory=dict)  # latest, by device class
     trained: dict[str, int] = field(default_factory=dict)  # updates used, by device class
     latest: dict[int, float] = field(default_factory=dict)  # latest density, by client
@@ -37,6 +38,7 @@ class Tally:
     used: dict[int, int] = field(default_factory=dict)  # updates used, by client
     busy: dict[int, float] = field(default_factory=dict)  # seconds of computing, by client, where they are known
     radio: dict[int, float] = field(default_factory=dict)  # seconds of sending and receiving, the same
+    personal: dict[int, float] = field(default_factory=dict)  # accuracy of a client's own model as it came last
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         self.at = max(self.at, event["at"])
@@ -61,6 +63,8 @@ class Tally:
         if not e["used"]:
             self.failed += 1
             return
+        if "held_out" in e:
+            self.personal[e["client"]] = e["held_out"]
         name = self.classes[e["client"]]
         self.updates += 1
         self.density_sum += e["density"]
@@ -86,6 +90,7 @@ class Tally:
     def _evaluation(self, e: Mapping[str, Any]) -> None:
         self.scores = {k: v for k, v in e.items() if k not in ("kind", "at", "version")}
         self.best = max(self.best, self.scores["validation_accuracy"])
+        self.scored = e["at"]
 
     @property
     def mean_density(self) -> float:

@@ -120,13 +120,14 @@ class Ray:
     trained at once. A dead actor is replaced and its tasks run again elsewhere, with the same result; one that finds no
     place, as after the death of a node, gets no task until there is one. `nodes[actor]`: the Ray node of each that is
     at work. `make` goes into the object store, with all that it holds; every actor calls it once, for its training.
-    workers: 0 for one a CPU. address: of a Ray cluster, None for one of our own. Raises ConfigError.
+    workers: 0 for one a CPU. address: of a Ray cluster, None for one of our own. gpus: the share of a GPU that each
+    takes. Raises ConfigError.
     """
 
-    def __init__(self, make: Callable[[], Run], workers: int = 0, address: str | None = None):
+    def __init__(self, make: Callable[[], Run], workers: int = 0, address: str | None = None, gpus: float = 0.0):
         self._ray, self._own = _started(workers, address)
         self._make = self._ray.put(make)
-        options = self._ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")
+        options = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")
         self._class, self._numbers = options(_Actor), count()
         self._actors: dict[int, Any] = {}
         self._coming: dict[Any, tuple[int, Any]] = {}  # call -> actor that has not come up yet
@@ -140,7 +141,7 @@ class Ray:
         self._deaths: dict[int, int] = {}
         self._params: OrderedDict[int, tuple[Tree, Any]] = OrderedDict()
         self._masks: WeakKeyDictionary[Mask, Any] = WeakKeyDictionary()
-        for _ in range(workers or _cpus(self._ray)):
+        for _ in range(workers or _places(self._ray, gpus)):
             self._hire()
 
     def turn(self, make: Callable[[], Run]) -> None:
@@ -292,7 +293,7 @@ def _started(workers: int, address: str | None) -> tuple[Any, bool]:
     if own := not ray.is_initialized():
         said: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address:
-            _check(address)
+            check(address)
             try:
                 ray.init(address, **said)
             except (OSError, RuntimeError, ValueError, TimeoutError) as error:
@@ -300,11 +301,17 @@ def _started(workers: int, address: str | None) -> tuple[Any, bool]:
                     f"no Ray cluster could be joined at {address}: {str(error).splitlines()[0]}"
                 ) from error
         else:
-            ray.init("local", num_cpus=workers or os.cpu_count() or 1, include_dashboard=False, **said)
+            ray.init(
+                "local",
+                num_cpus=workers or os.cpu_count() or 1,
+                num_gpus=torch.cuda.device_count(),
+                include_dashboard=False,
+                **said,
+            )
     return ray, own
 
 
-def _check(address: str) -> None:
+def check(address: str) -> None:
     """Raises ConfigError where no gRPC server answers at once; Ray would try for minutes."""
     if address == "auto":
         return
@@ -323,11 +330,14 @@ def _check(address: str) -> None:
         raise ConfigError(f"no Ray cluster at {address} ({error}); `ray start --head` starts one") from error
 
 
-def _cpus(ray: Any) -> int:
-    """Of the whole cluster. Raises ConfigError where there is none."""
-    if not (found := int(ray.cluster_resources().get("CPU", 0))):
+def _places(ray: Any, gpus: float) -> int:
+    """For actors, in the whole cluster. Raises ConfigError where there is none."""
+    found = ray.cluster_resources()
+    if not (places := int(found.get("CPU", 0))):
         raise ConfigError("the Ray cluster has no CPUs for workers")
-    return found
+    if gpus and not found.get("GPU", 0):
+        raise ConfigError("the Ray cluster has no GPUs; have cpu")
+    return min(places, int(found["GPU"] / gpus)) if gpus else places
 
 
 def _tree_out(tree: Tree) -> dict[str, np.ndarray]:

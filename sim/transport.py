@@ -150,11 +150,11 @@ class VirtualTransport:
         elif job.update is None:
             try:
                 update = self._workers.result(number)
-                data, carry = self._codec.encode_update(update, job.task, self._layout, carry=self._carry.get(client))
+                job.update, job.bytes_up, carry = self._codec.deliver(
+                    update, job.task, self._layout, carry=self._carry.get(client)
+                )
                 if carry is not None:
                     self._carry[client] = carry
-                job.bytes_up = len(data)
-                job.update = self._codec.decode_update(data, job.task, self._layout)
                 self._holds[client] = job.update.mask  # the task's, or what the client made of it
             except (Failed, Refused) as reason:
                 job.failure, job.bytes_up = str(reason), 0

@@ -2,131 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from dataclasses import replace
 
 from prfl import merge
 from prfl.checks import fraction, least, positive, share
 from prfl.cut import Cut
-from prfl.reconfiguration import reconfigured
-from prfl.types import Arrival, State, Task, Tree, Work
+from prfl.types import Work
 from strategies.method import Method
-from strategies.pr_fl import seconds
+from strategies.reconfigure import leader, reached, reconfigure, reporting
 
 PAPER = "Jiang et al., TNNLS 2022, arXiv 1909.12326"
 
-CALM, QUIET = 0.1, 5  # stage 1 ends when so many decisions in a row change the density by a tenth at most
-
-
-@dataclass(frozen=True)
-class Reached:
-    """Memory: the share that all hold. `alone`: stage 1 is under way, `begun`: it prunes, `quiet`: calm decisions.
-
-    parked: the values that weights had when they were removed.
-    """
-
-    keep: float = 1.0
-    alone: bool = False
-    begun: bool = False
-    quiet: int = 0
-    parked: Tree = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class reached:
-    """The share that was decided last, the same for everybody. alone: one client decides first."""
-
-    alone: bool
-
-    def init(self) -> Reached:
-        return Reached(alone=self.alone)
-
-    def ask(self, state: State, client: int, rng: np.random.Generator) -> float:
-        memory: Reached = state.density
-        return memory.keep
-
-    def tell(self, state: State, arrivals: Sequence[Arrival]) -> Reached:
-        memory: Reached = state.density
-        return memory
-
-
-@dataclass(frozen=True)
-class leader:
-    """Stage 1: the first client, or who is there in its place, and nobody beside it."""
-
-    first: int
-
-    def __call__(self, state: State, idle: Sequence[int], busy: int) -> Sequence[int]:
-        if not state.density.alone or not idle:
-            return idle
-        return [] if busy else [self.first if self.first in idle else idle[0]]
-
-
-@dataclass(frozen=True)
-class reporting:
-    """Squared gradients are asked for in stage 1, with so many passes, and in the last `listen` versions of `every`."""
-
-    passes: int
-    every: int
-    listen: int
-
-    def __call__(self, state: State, task: Task) -> Task:
-        if state.density.alone:
-            return replace(task, work=replace(task.work, epochs=self.passes, steps=0, report="gradient2"))
-        last = not self.listen or state.version % self.every >= self.every - self.listen
-        return replace(task, work=replace(task.work, report="gradient2")) if last else task
-
-
-@dataclass(frozen=True)
-class reconfigure:
-    """Decide on the mask of all: in stage 1 at each version, then every so many; options as of `prunefl`."""
-
-    work: Work
-    initial: int
-    begin: float
-    every: int
-    part: float
-    halving: float
-    densest: float
-    overhead: float
-
-    def listens(self, version: int) -> bool:
-        return False
-
-    def __call__(self, method: Method, state: State, arrivals: Sequence[Arrival]) -> State:
-        memory: Reached = state.density
-        right = max((a.update.metrics.get("accuracy", 0.0) for a in arrivals if a.update is not None), default=0.0)
-        begun = memory.begun or right >= self.begin
-        if begun if memory.alone else state.version % self.every == 0:
-            state = self._decided(method, state)
-        quiet = memory.quiet + 1 if begun and abs(state.density.keep / memory.keep - 1) <= CALM else 0
-        alone = memory.alone and quiet < QUIET and state.version < self.initial
-        return replace(
-            state,
-            params=state.rank.mask(state.density.keep).apply(state.params),
-            signal=None if memory.alone else state.signal,
-            density=replace(state.density, alone=alone, begun=begun, quiet=quiet),
-        )
-
-    def _decided(self, method: Method, state: State) -> State:
-        """A new mask from what was reported since the last one, if anything was; the parameters with all values."""
-        memory: Reached = state.density
-        if state.signal is None:
-            return state
-        old = state.rank.mask(memory.keep)
-        part = self.part if memory.alone else self.part * 0.5 ** (state.version / self.halving)
-        costs, constant = seconds(self.work)(state.architecture), self.overhead * (self.work.steps or self.work.epochs)
-        chosen = reconfigured(state.params, old, state.signal.total, costs, constant, part, self.densest)
-        full = {k: old.scatter(k, old.gather(k, v), memory.parked.get(k, v)) for k, v in state.params.items()}
-        rank = method.ranking(chosen.scores, state.params, state.architecture)
-        memory = replace(memory, keep=chosen.share, parked=full)
-        return replace(state, params=full, rank=rank, density=memory, signal=None)
-
 
 def prunefl(
-    first: int = 0,
+    first: int | str = 0,
     initial: int = 20,
     passes: int = 50,
     begin: float = 0.15,
@@ -147,11 +36,13 @@ def prunefl(
     multiply-adds, for any model (`strategies.pr_fl`). Also ours: clients report with the tasks of the last `listen`
     versions before a decision (0: all, as much as published, but sent each time and not once); in stage 1 the squared
     sum over its passes, where the reference sums squares of steps; `initial`, the versions it may take (0: no stage 1);
-    all data of that client. `first`: its number; if it is away, who is there. `densest`: no denser than this.
+    all data of that client. `first`: its number, or a device class whose first client it is; if it is away, who is
+    there. `densest`: no denser than this.
     """
     for name, value in (("part", part), ("begin", begin)):
         fraction("prunefl", name, value)
-    for name, value, bound in (("first", first, 0), ("initial", initial, 0), ("listen", listen, 0)):
+    number = 0 if isinstance(first, str) else first
+    for name, value, bound in (("first", number, 0), ("initial", initial, 0), ("listen", listen, 0)):
         least("prunefl", name, value, bound)
     for name, value in (("passes", passes), ("every", every), ("halving", halving), ("overhead", overhead)):
         positive("prunefl", name, value)

@@ -54,7 +54,8 @@ def learn(
         return state.version >= s.versions or now >= s.seconds or tally.updates >= s.updates or accuracy >= s.accuracy
 
     def scored(state: State) -> Scores | None:
-        due = state.version % experiment.evaluate_every == 0
+        late = tally.at - tally.scored >= experiment.evaluate_after
+        due = state.version % experiment.evaluate_every == 0 and late
         return judge(state, test=experiment.test == "always") if due else None
 
     with gate:
@@ -120,6 +121,7 @@ def finish(
         "updates_by_class": dict(sorted(tally.trained.items())),
         "jain_updates": fairness.jain([row["updates"] for row in clients.values()]),
         **({"local": fairness.local(clients, scores.test["accuracy"])} if local else {}),
+        **({"personal": fairness.personal(list(tally.personal.values()))} if tally.personal else {}),
         "stopped": stopped,
         "interrupted": stopped == "interrupted",
         "model_sha256": store.model_sha256(state.params),
@@ -134,7 +136,7 @@ def _clients(tally: Tally, local: Mapping[int, Mapping[str, float]]) -> dict[int
     """Class, updates used, seconds busy and on the radio, and scores of every client."""
     return {
         client: {"class": name, "updates": tally.used.get(client, 0)}
-        | {key: known[client] for key, known in (("busy", tally.busy), ("radio", tally.radio)) if client in known}
+        | {key: getattr(tally, key)[client] for key in ("busy", "radio", "personal") if client in getattr(tally, key)}
         | dict(local.get(client, {}))
         for client, name in sorted(tally.classes.items())
     }

@@ -32,6 +32,7 @@ class Stalled(RuntimeError):
 
 
 FAILURES = 10  # tasks a place in flight that may fail in a row
+TOLD = ("loss", "held_out")  # metrics of an update that are logged
 
 
 def silent(event: Mapping[str, Any]) -> None:
@@ -166,4 +167,4 @@ def _arrived(a: Arrival, version: int) -> dict[str, Any]:
         "used": a.update is not None,
         "reason": a.reason,
         **{name: value for name, value in (("busy", a.busy), ("radio", a.radio)) if value is not None},
-    } | ({"loss": a.update.metrics["loss"]} if a.update and "loss" in a.update.metrics else {})
+    } | {name: a.update.metrics[name] for name in TOLD if a.update and name in a.update.metrics}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -190,7 +191,19 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert command(monkeypatch, *asked, "--targets", "0.05,0.1") == 0
     home = Path("runs/default-compare")
     assert "4 runs: runs/default-compare" in capsys.readouterr().out
-    assert {p.name for p in home.iterdir()} == {"fedavg", "fedbuff", "report.html", "report.md"}
+    assert {p.name for p in home.iterdir()} == {
+        "fedavg", "fedbuff", "report.html", "report.md", "report-accuracy.svg", "summaries.json",
+    }  # fmt: skip
+    told = json.loads((home / "summaries.json").read_text())
+    assert told == {
+        m: [json.loads((home / m / f"seed-{s}" / "summary.json").read_text()) for s in (1, 2)]
+        for m in ("fedavg", "fedbuff")
+    }
+    picture = ElementTree.fromstring((home / "report-accuracy.svg").read_text())
+    panels = [e for e in picture if e.tag.endswith("svg")]
+    assert [float(p.attrib["x"]) for p in panels] == [0.0, 320.0, 640.0]
+    assert all(sum("polyline" in e.tag for e in p) == 2 for p in panels)  # a curve for each method
+    assert "![Accuracy and its cost](report-accuracy.svg)" in (home / "report.md").read_text()
     assert "| until accuracy | 0.05 | 0.1 |" in (home / "report.md").read_text()
     assert "Pacing: buffered (in\\_flight 4, goal 2), for every method." in (home / "report.md").read_text()
     assert command(monkeypatch, *asked, "--usual-pacing", "--out", "usual") == 0

@@ -20,7 +20,9 @@ from prfl.codec import Codec
 from prfl.cut import Cut, erk
 from prfl.masks import DENSE, Mask
 from prfl.types import Architecture, Arrival, Group, Member, State, Task, Tree, Update, Work
-from strategies.feddst import feddst, moving, voted
+from prfl.votes import voted
+from strategies.feddst import feddst
+from strategies.moves import moving
 from strategies.pacing import sync
 
 

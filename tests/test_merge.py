@@ -256,7 +256,7 @@ def test_staleness_damps_the_step_of_one_update_alone(name: str, masks: str):
     assert not close(fresh, start)
 
 
-SHARED = ["fed_avg", "mask_fed_avg", "buff_mask_fed_avg", "buff_fed_avg", "r2sp", "gradient_avg", "heterofl"]
+SHARED = ["fed_avg", "mask_fed_avg", "buff_mask_fed_avg", "buff_fed_avg", "r2sp", "gradient_avg", "heterofl", "voted"]
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -23,7 +23,8 @@ from prfl.reconfiguration import gainful, reconfigured
 from prfl.types import Architecture, Arrival, State, Task, Tree, Update, Work
 from strategies.pacing import sync
 from strategies.pr_fl import seconds
-from strategies.prunefl import Reached, prunefl
+from strategies.prunefl import prunefl
+from strategies.reconfigure import Reached
 
 
 def ratio(kept: Tree, g2: Tree, t: Mapping[str, float], constant: float) -> float:
@@ -201,6 +202,14 @@ def test_stage_one_waits_for_its_accuracy_and_ends_when_it_is_calm() -> None:
     calm = memories(begin=0.0, part=0.0)
     assert [m.alone for m in calm] == [True] * 4 + [False] * 8
     assert {m.keep for m in calm} == {1.0}
+
+
+def test_the_first_client_may_be_one_of_a_device_class() -> None:
+    world = World()
+    for name in set(world.classes.values()):
+        _, events = played(world, method("prunefl", first=name, initial=2, begin=0.0), sync(3), versions=3)
+        wanted = min(c for c, known in world.classes.items() if known == name)
+        assert [e["client"] for e in of_kind(events, "send")][:2] == [wanted, wanted]
 
 
 def test_the_first_client_may_be_away() -> None:

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from itertools import count
 from math import isclose
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
 
@@ -26,6 +27,7 @@ from torch import nn
 
 from prfl import config, energy, evaluate, fairness, figures, problem, report, store, traces
 from prfl.config import ConfigError
+from prfl.document import Table
 from prfl.energy import Watts
 from prfl.samples import Samples
 from sim import experiments
@@ -139,6 +141,46 @@ def test_the_clients_are_scored_on_what_they_train_on(ran: Path) -> None:
         c: sum(e["used"] for e in store.events(folder) if e["kind"] == "arrival" and e["client"] == c) for c in rows
     }
     assert used == {c: row["updates"] for c, row in rows.items()}
+
+
+def test_personal_models_are_in_the_report(tmp_path: Path) -> None:
+    changes = [*SMALL, "method={name: sub_fedavg, accuracy: 0.0}", "pacing={name: sync, clients: 4}"]
+    found = simulate(config.load(experiments.path("default"), changes), tmp_path)
+    last = {e["client"]: e["held_out"] for e in store.events(tmp_path) if e["kind"] == "arrival" and e["used"]}
+    rows = store.clients(tmp_path)
+    assert {c: row["personal"] for c, row in rows.items() if "personal" in row} == last
+    assert found["personal"] == {"clients": len(last), "accuracy": fmean(last.values()),
+                                 "worst_tenth": min(last.values())}  # fmt: skip
+    page = report.single(traces.read(tmp_path)).markdown()
+    assert f" | {fmean(last.values()):.3f} | {min(last.values()):.3f} |" in page
+    assert "it does not train on" in page
+
+
+def test_the_covering_index_of_every_run_is_in_the_report(ran: Path) -> None:
+    groups = traces.grouped([traces.read(f) for f in traces.expand([ran])])
+    table = next(s for s in report.make(groups, "x").sections if s.title == "Runs").blocks[-1]
+    assert isinstance(table, Table)
+    rows = {(row[0], row[1]): dict(zip(table.head, row, strict=True)) for row in table.rows}
+    for label, group in groups.items():
+        for t in group:
+            merges = [e["covering"] for e in store.events(t.folder) if e["kind"] == "merge"]
+            row = rows[label, str(t.seed)]
+            assert row["covering, least"] == str(min(merges))
+            assert row["covering, mean"] == f"{fmean(merges):.1f}"
+
+
+def test_evaluations_can_be_seconds_apart(tmp_path: Path) -> None:
+    changes = [*SMALL, "evaluate_every=1", "stop={versions: 12}"]
+    for name, more in (("all", []), ("some", ["evaluate_after=0.5"])):
+        simulate(config.load(experiments.path("default"), [*changes, *more]), tmp_path / name)
+    every, some = (
+        [e["at"] for e in store.events(tmp_path / name) if e["kind"] == "evaluation"] for name in ("all", "some")
+    )
+    due: list[float] = []
+    for at in every:
+        due += [at] if not due or at - due[-1] >= 0.5 else []
+    assert some == due
+    assert 2 < len(some) < len(every)
 
 
 def test_metrics_are_asked_for(tmp_path: Path) -> None:
