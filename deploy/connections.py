@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import select
+import socket
 import ssl
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx
@@ -31,15 +33,16 @@ class Connections(httpx.BaseTransport):
             link.putrequest(request.method, request.url.raw_path.decode(), skip_host=True, skip_accept_encoding=True)
             for key, value in request.headers.raw:
                 link.putheader(key, value)
-            link.endheaders(request.read())
+            with suppress(ConnectionError, ssl.SSLError):  # it may have answered before it had all
+                link.endheaders(request.read())
             answer = link.getresponse()
             content = answer.read()
         except TimeoutError:
             link.close()
             raise httpx.ReadTimeout(f"no answer in {patience} s") from None
-        except OSError as error:
+        except OSError:  # what TLS says of it, Flower takes for a wrong certificate
             link.close()
-            raise httpx.ConnectError(str(error)) from None
+            raise httpx.ReadError("the connection broke") from None
         except http.client.HTTPException as error:
             link.close()
             raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}") from None
@@ -60,16 +63,30 @@ class Connections(httpx.BaseTransport):
                 link, since = self._idle.pop() if self._idle else (None, 0.0)
             if link is None:
                 break
-            if time.monotonic() - since < self.kept and not select.select([link.sock], [], [], 0)[0]:
+            if time.monotonic() - since < self.kept and not _readable(link.sock):
                 link.sock.settimeout(patience)
                 return link
             link.close()
         if self.context is None:
-            return http.client.HTTPConnection(url.host, url.port, timeout=patience)
-        return http.client.HTTPSConnection(url.host, url.port, timeout=patience, context=self.context)
+            link = http.client.HTTPConnection(url.host, url.port, timeout=patience)
+        else:
+            link = http.client.HTTPSConnection(url.host, url.port, timeout=patience, context=self.context)
+        try:
+            link.connect()
+        except OSError as error:
+            link.close()
+            raise httpx.ConnectError(str(error)) from None
+        return link
 
     def close(self) -> None:
         with self._lock:
             for link, _ in self._idle:
                 link.close()
             self._idle.clear()
+
+
+def _readable(link: socket.socket) -> bool:
+    """A silent connection that has something to read has ended."""
+    look = select.poll()  # select() knows no numbers from 1024 on
+    look.register(link, select.POLLIN)
+    return bool(look.poll(0))

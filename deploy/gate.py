@@ -28,11 +28,11 @@ PASSED = {("POST", f"/v1/fleet/{name}") for name in FLEET} | {("GET", "/health")
 REQUEST = (b"accept", b"accept-encoding", b"content-length", b"content-type")
 RESPONSE = (b"content-encoding", b"content-length", b"content-type")
 FLOWER = b"flwr-"  # node authentication and version of Flower
-BODY = 64 << 20  # bytes
+BODY = 20 << 20  # bytes: a piece of an array and what is around it
 HEADERS = 1 << 14  # bytes
 CONNECTIONS = 512
 PATIENCE = 30.0  # seconds without a byte
-KEPT = 75  # seconds that a silent connection is kept: longer than a node keeps it
+KEPT = 30  # seconds that a silent connection is kept: longer than a node keeps it
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 Message = MutableMapping[str, Any]

@@ -66,7 +66,7 @@ HEARTBEAT = 15.0  # seconds; a node is gone after twice as long without one. Flo
 PIECE = 16 << 20  # bytes of a piece that an array is cut into: each costs a request. Flower's own are 5 MB
 BRIEF = 2.0  # seconds that a ServerApp keeps one: the SuperLink closes it after 5
 LATE, EARLY = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE  # seconds a signature may be off
-KEPT = 60.0  # seconds that a silent connection is kept for the next task; the gate keeps it longer
+KEPT = 25.0  # seconds that a silent connection is kept for the next task; the gate keeps it longer
 
 array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE = PIECE  # type: ignore[attr-defined]
 

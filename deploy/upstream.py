@@ -41,7 +41,7 @@ class Link:
 
     @property
     def fresh(self) -> bool:
-        return time.monotonic() - self.since < EXPIRY and not self.reader.at_eof()
+        return time.monotonic() - self.since < EXPIRY and not (self.reader.at_eof() or self.writer.is_closing())
 
 
 @dataclass
@@ -109,6 +109,8 @@ class _Body(httpx.AsyncByteStream):
             self.link.http.start_next_cycle()  # unless there is more of it
             self.link.since = time.monotonic()
             self.idle.append(self.link)
+            while self.idle and not self.idle[0].fresh:
+                self.idle.pop(0).writer.close()
             return
         self.link.writer.close()
 
@@ -117,6 +119,6 @@ def _said(error: BaseException) -> BaseException:
     """As httpx would have said it."""
     if isinstance(error, TimeoutError):
         return httpx.ReadTimeout(str(error))
-    if isinstance(error, (OSError, h11.RemoteProtocolError)):
+    if isinstance(error, (OSError, h11.ProtocolError)):
         return httpx.ReadError(str(error))
     return error

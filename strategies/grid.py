@@ -88,7 +88,6 @@ class GridTransport:
         self._nodes: dict[int, int] = {}  # client -> node
         self.classes: dict[int, str] = {}
         self._inbox: list[Arrival] = []
-        self._seen: Sequence[int] = ()  # who was idle when it was last asked
 
     def enrol(self, clients: int, patience: float | None = None) -> None:
         """Wait until so many clients are there, the retired among them. Raises TimeoutError.
@@ -110,8 +109,7 @@ class GridTransport:
         here = set(self._grid.get_node_ids())
         self._ask_newcomers(here)
         taken = self._retired | {s.task.client for s in self._sent.values()} | {a.task.client for a in self._waiting()}
-        self._seen = sorted(c for c, node in self._nodes.items() if node in here and c not in taken)
-        return self._seen
+        return sorted(c for c, node in self._nodes.items() if node in here and c not in taken)
 
     def busy(self) -> int:
         return sum(not sent.late for sent in self._sent.values()) + len(self._waiting())
@@ -131,7 +129,7 @@ class GridTransport:
         With nothing under way: None as soon as a client can be asked, or after the timeout.
         """
         began = looked = self.now()
-        before = self._seen
+        before = self.idle()
         while not self._inbox:
             if self._pull():
                 continue

@@ -270,7 +270,7 @@ def test_an_answer_that_breaks_off_is_none(said: bytes | None, error: type[Excep
 @pytest.mark.parametrize(
     ("said", "error"),
     [
-        (b"", httpx.ConnectError),
+        (b"", httpx.ReadError),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", httpx.RemoteProtocolError),
         (b"no HTTP\r\n\r\n", httpx.RemoteProtocolError),
         (None, httpx.ReadTimeout),
@@ -290,3 +290,16 @@ def test_nor_is_one_for_a_node(said: bytes | None, error: type[Exception]) -> No
             client.post(f"http://127.0.0.1:{ear.getsockname()[1]}/")
     with httpx.Client(transport=Connections(None, 1.0)) as client, pytest.raises(httpx.ConnectError):
         client.post(f"http://127.0.0.1:{homes.port()}/")
+
+
+def test_a_node_hears_what_is_said_before_all_of_its_body_was_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ear:
+
+        def refuse() -> None:
+            with ear.accept()[0] as one:
+                one.recv(4096)
+                one.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+        threading.Thread(target=refuse, daemon=True).start()
+        with httpx.Client(transport=Connections(None, 1.0), timeout=5) as client:
+            assert client.post(f"http://127.0.0.1:{ear.getsockname()[1]}/", content=bytes(1 << 24)).status_code == 413
