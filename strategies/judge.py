@@ -23,14 +23,11 @@ class Judge:
     problem: Problem
     static: bool
 
-    def __call__(self, state: State, test: bool = True) -> Scores:
-        net = self._net(state.params)
-        splits = (self.problem.validation, self.problem.dataset.test) if test else (self.problem.validation,)
-        return Scores(*(score(net, split) for split in splits))
-
-    def macro(self, state: State) -> dict[str, float]:
-        """Scores on the test split, precision, recall and F1 over the classes with them."""
-        return score(self._net(state.params), self.problem.dataset.test, macro=True)
+    def __call__(self, state: State, test: bool = True, macro: bool = False) -> Scores:
+        """macro: of the test split, precision, recall and F1 over the classes too."""
+        net, given = self._net(state.params), self.problem
+        validation = score(net, given.validation)
+        return Scores(validation, score(net, given.dataset.test, macro=macro)) if test else Scores(validation)
 
     def local(self, state: State) -> dict[int, dict[str, float]]:
         """Scores on every client's own training part; a client without samples is left out."""

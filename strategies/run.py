@@ -89,8 +89,7 @@ def finish(
     """
     run.save_model(state.params)
     dense = len(parts.codec.encode_task(Task(0, 0, state.params, masks.DENSE, Work(), 0), layout))
-    scores = judge(state)
-    macro = judge.macro(state) if "macro" in experiment.metrics else {}
+    scores = judge(state, macro="macro" in experiment.metrics)
     clients = _clients(tally, local or {})
     run.write("clients.json", {str(client): row for client, row in clients.items()})
     summary = {
@@ -106,7 +105,7 @@ def finish(
         "failed_updates": tally.failed,
         "test_accuracy": scores.test["accuracy"],
         "test_loss": scores.test["loss"],
-        **{f"test_{name}": macro[name] for name in ("precision", "recall", "f1") if name in macro},
+        **{f"test_{name}": scores.test[name] for name in ("precision", "recall", "f1") if name in scores.test},
         "validation_accuracy": scores.validation["accuracy"],
         "validation_loss": scores.validation["loss"],
         "best_validation_accuracy": max(tally.best, scores.validation["accuracy"]),
