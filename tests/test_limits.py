@@ -271,7 +271,7 @@ def test_the_client_app_refuses_what_does_not_fit_and_gets_less() -> None:
     experiment, problem = big()
     params, arch = models.values(problem.model), groups.architecture(problem.model, problem.example)
     grid = Nodes(3)
-    _, held = app._local(experiment_out(experiment), "", False)
+    _, held = app._local(experiment_out(experiment), "", False, "cpu")
     grid.contexts[1000].node_config["memory"] = held + ROOM
     spec = {"experiment": experiment_out(experiment), "codec": "{}", "architecture": architecture_out(arch)}
     found = GridTransport(grid, Codec(), type(layout()).of(params, arch.groups), spec, timeout=20, poll=0.001)
@@ -293,7 +293,7 @@ def test_in_a_loop_by_rounds_limits_hold_too() -> None:
     experiment, problem = big()
     arch = groups.architecture(problem.model, problem.example)
     grid = Nodes(3)
-    _, held = app._local(experiment_out(experiment), "", False)
+    _, held = app._local(experiment_out(experiment), "", False, "cpu")
     grid.contexts[1000].node_config["memory"] = held + ROOM
     grid.contexts[1000 - 7].node_config["memory"] = 1
     strategy = PruningStrategy(
