@@ -1,17 +1,21 @@
 """What a node costs apart from training: memory, seconds, bytes on the wire, idle CPU; Flower's own and the warm one.
 
 A server with TLS, node authentication and the gate, and one node at a time, all on loopback. The node dials a relay
-that counts bytes. The model is a real one and its training is real, a single step. This file is also the ServerApp.
+that counts bytes. The model is a real one and its training is real, a single step. Beside it, what these bytes cost
+at least on this machine: one TLS connection there and back, hashed and checked at both ends. Through the gate and the
+SuperLink they cross three, each way. This file is also the ServerApp.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -24,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -31,8 +36,9 @@ from flwr.serverapp import Grid, ServerApp
 HIDDEN = {"0.2 MB": (670,), "6.6 MB": (1250, 1250), "40 MB": (3120, 3120)}  # of float32, between 64 and 10
 PRFL = [sys.executable, "-c", "from prfl.cli import main; main()"]
 MARK = "PRFL_EDGE"  # in the environment of every process of the node
-QUIET = 20.0  # seconds without a task before the idle node is measured, so that its polling has slowed down
+QUIET = 12.0  # seconds without a task before the idle node is measured, so that its polling has slowed down
 LOOK = 0.1  # seconds between two looks at the memory
+ASK = 2.0  # seconds between two questions to the server
 TARGET = 0.6  # seconds a task, apart from training
 PROJECT = """[project]
 name = "edge"
@@ -124,16 +130,18 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder, deployed(Path(folder)) as (home, port):
         found = [measured(home, port, kind, args.sizes, args.tasks) for kind in args.nodes]
+        for its in (its for row in found for its in row["tasks"].values()):
+            its["bare"] = bare(home, its["rows"][0]["encoded_down"])
     print(f"{os.cpu_count()} cores, load before {load:.2f}; with TLS and node authentication, through the gate\n")
     print(f"{'node':8}{'idle PSS':>10}{'idle CPU':>10}{'of server':>11}{'idle B/s':>10}{'processes':>11}")
     for row in found:
         print(f"{row['node']:8}{row['idle_pss'] / 1e6:>7.0f} MB{row['idle_cpu']:>10.2%}{row['server_cpu']:>11.2%}"
               f"{row['idle_bytes']:>10.0f}{row['processes']:>11}")  # fmt: skip
     print(f"\n{'node':8}{'model':8}{'s a task':>10}{'worst':>8}{'training':>10}"
-          f"{'wire/encoded':>14}{'up':>8}{'peak PSS':>11}")  # fmt: skip
+          f"{'bare TLS':>10}{'wire/encoded':>14}{'up':>8}{'peak PSS':>11}")  # fmt: skip
     for row in found:
         for size, its in row["tasks"].items():
-            print(f"{row['node']:8}{size:8}{its['seconds']:>10.2f}{its['worst']:>8.2f}{its['training']:>10.2f}"
+            print(f"{row['node']:8}{size:8}{its['seconds']:>10.2f}{its['worst']:>8.2f}{its['training']:>10.2f}{its['bare']:>10.3f}"
                   f"{its['down']:>14.3f}{its['up']:>8.3f}{its['peak_pss'] / 1e6:>8.0f} MB")  # fmt: skip
     warm = [its["seconds"] for row in found if row["node"] == "warm" for its in row["tasks"].values()]
     if warm:
@@ -173,6 +181,7 @@ def measured(home: Path, port: int, kind: str, sizes: Sequence[str], tasks: int)
                 "peak_pss": memory.peak(spans),
                 "rows": rows,
             }
+            print(f"{kind}, {size}: {by_size[size]['seconds']:.2f} s a task", file=sys.stderr, flush=True)
     return {"node": kind, **idle, "tasks": by_size}
 
 
@@ -196,7 +205,7 @@ def ran(home: Path, hidden: Sequence[int], tasks: int) -> list[Row]:
             raise RuntimeError(f"the run ended: {how}")
         return state == "finished"
 
-    wait(over, "the run")
+    wait(over, "the run", pause=ASK)
     found: list[Row] = json.loads(out.read_text())
     return found
 
@@ -258,12 +267,48 @@ def process(command: Sequence[str], log: Path, **more: str) -> Iterator[Path]:
         its.wait()
 
 
-def wait(true: Callable[[], bool], what: str, patience: float = 300.0) -> None:
+def bare(home: Path, size: int) -> float:
+    """Seconds for so many bytes there and back over one TLS connection on loopback, hashed and checked at both ends."""
+    from deploy.home import Home
+
+    where, data = Home.of(home), os.urandom(size)
+    inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    inside.load_cert_chain(where.certificate, where.certificate_key)
+
+    def take(end: ssl.SSLSocket) -> bytearray:
+        got, at = bytearray(size), 0
+        while at < size:
+            at += end.recv_into(memoryview(got)[at:])
+        hashlib.sha256(got).digest(), crc32(got)
+        return got
+
+    def echo(ear: socket.socket) -> None:
+        with inside.wrap_socket(ear.accept()[0], server_side=True) as end:
+            end.sendall(take(end))
+
+    def once() -> float:
+        with socket.create_server(("127.0.0.1", 0)) as ear:
+            other = threading.Thread(target=echo, args=(ear,))
+            other.start()
+            with socket.create_connection(ear.getsockname()) as plain:
+                outside = ssl.create_default_context(cafile=where.ca)
+                with outside.wrap_socket(plain, server_hostname="localhost") as end:
+                    began = time.perf_counter()
+                    end.sendall(data)
+                    take(end)
+                    took = time.perf_counter() - began
+            other.join()
+        return took
+
+    return statistics.median(once() for _ in range(3))
+
+
+def wait(true: Callable[[], bool], what: str, patience: float = 300.0, pause: float = 0.5) -> None:
     end = time.monotonic() + patience
     while not true():
         if time.monotonic() > end:
             raise RuntimeError(f"{what} did not come")
-        time.sleep(0.5)
+        time.sleep(pause)
 
 
 def belonging(name: str, value: str) -> list[int]:
@@ -313,9 +358,12 @@ class Memory:
         return max(pss for at, pss in self.looks if any(a <= at <= b + LOOK for a, b in spans))
 
     def _watch(self) -> None:
+        pids: list[int] = []
         while not self.over.wait(LOOK):
+            if len(self.looks) % 10 == 0 or self.kind == "stock":  # which starts a process a task
+                pids = belonging(MARK, mark(self.kind))
             total = 0
-            for pid in belonging(MARK, mark(self.kind)):
+            for pid in pids:
                 with suppress(OSError):
                     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
                     total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))

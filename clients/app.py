@@ -28,6 +28,7 @@ from prfl.types import Architecture, Task, Tree
 CARRY = "carry"  # what a lossy codec withheld so far; in the node's state, because it is the client's own
 TRUSTED = "trusted"  # in the node config: packages of users' own parts
 WANTED = ("experiment", "codec", "architecture")
+OURS = ("prfl", "clients")
 OPEN = {"clients.app", "clients.local", "clients.train", "prfl.codec", "prfl.bitstream", "prfl.envelope"}
 """The modules whose errors the server may read: they speak of its task and of counts, never of what lies in a file."""
 
@@ -36,7 +37,7 @@ app = ClientApp()
 
 @dataclass(frozen=True)
 class Received:
-    """A task and what it takes. `held`: bytes of the process before any task of this experiment."""
+    """A task and what it takes. `held`: bytes of the process before any task of this experiment. `run`: whose task."""
 
     task: Task
     local: Local
@@ -44,7 +45,7 @@ class Received:
     codec: Codec
     layout: Layout
     architecture: Architecture
-    experiment: str
+    run: str
 
 
 @app.train()
@@ -105,7 +106,8 @@ def _received(message: Message, context: Context) -> Received:
     codec = Codec(**json.loads(str(config["codec"])))
     architecture = architecture_in(str(config["architecture"]))
     layout = Layout.of(local.params, architecture.groups)
-    return Received(codec.decode_task(data, layout), local, held, codec, layout, architecture, experiment)
+    run = str(config.get("run", message.metadata.run_id))  # its server's name for it outlives Flower's number
+    return Received(codec.decode_task(data, layout), local, held, codec, layout, architecture, run)
 
 
 def _check_trust(experiment: Experiment, context: Context) -> None:
@@ -136,7 +138,7 @@ def _refusal(got: Received, context: Context) -> str:
 
 def _kept(got: Received, context: Context) -> Kept | None:
     folder = str(context.node_config.get("state", ""))
-    return Kept(Path(folder), got.experiment, got.task.client) if folder else None
+    return Kept(Path(folder), got.run, got.task.client) if folder else None
 
 
 def _carried(got: Received, context: Context) -> Tree | None:
@@ -176,7 +178,9 @@ def _told(error: Exception) -> str:
     What a library says, or one of our readers of files, may quote data or paths.
     """
     log, frames = logging.getLogger("flwr"), [frame for frame, _ in walk_tb(error.__traceback__)]
-    if isinstance(error, ValueError) and frames[-1].f_globals.get("__name__") in OPEN:
+    where = str(frames[-1].f_globals.get("__name__"))
+    lacking = isinstance(error, ImportError) and where.partition(".")[0] in OURS  # it names a package, and no more
+    if lacking or (isinstance(error, ValueError) and where in OPEN):
         log.warning("task failed: %s", error)
         log.debug("", exc_info=error)
         return line(str(error))

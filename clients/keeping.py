@@ -1,4 +1,4 @@
-"""What a client keeps on disk between tasks: its tree for one experiment, a file in a folder that survives restarts."""
+"""What a client keeps on disk between tasks: its tree for one run, a file in a folder that survives restarts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 
 from prfl.types import Tree
 
-EXPERIMENTS = 4  # whose files stay in a folder, the latest
+RUNS = 4  # whose files stay in a folder, the latest
 _NAME = re.compile(r"([0-9a-f]{16})-[0-9]+\.safetensors(\.part|\.damaged)?")
 _HEAD = 1 << 20  # bytes that a file may have besides its values
 
@@ -25,10 +25,10 @@ log = logging.getLogger("flwr")
 
 @dataclass(frozen=True)
 class Kept:
-    """The file of a client of an experiment; `experiment` is its text. It is there as a whole or not at all."""
+    """The file of a client in a run; `run` is its name, however long. It is there as a whole or not at all."""
 
     folder: Path
-    experiment: str
+    run: str
     client: int
 
     @property
@@ -68,7 +68,7 @@ class Kept:
 
     @property
     def _key(self) -> str:
-        return blake2b(self.experiment.encode(), digest_size=8).hexdigest()
+        return blake2b(self.run.encode(), digest_size=8).hexdigest()
 
     def _aside(self) -> None:
         try:
@@ -77,12 +77,12 @@ class Kept:
             log.warning("%s can not be put aside: %s", self.path, error.strerror)
 
     def _tidy(self) -> None:
-        """Remove the files of all but the latest experiments."""
+        """Remove the files of all but the latest runs."""
         found = [(match[1], file) for file in self.folder.iterdir() if (match := _NAME.fullmatch(file.name))]
         latest = dict[str, float]()
         for key, file in found:
             latest[key] = max(latest.get(key, 0.0), file.stat().st_mtime)
-        old = sorted(latest.keys() - {self._key}, key=lambda key: -latest[key])[EXPERIMENTS - 1 :]
+        old = sorted(latest.keys() - {self._key}, key=lambda key: -latest[key])[RUNS - 1 :]
         for key, file in found:
             if key in old:
                 file.unlink(missing_ok=True)

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import uvicorn
 
+from deploy.upstream import Upstream
+
 FLEET = (
     "activate-node", "confirm-message-received", "deactivate-node", "get-fab", "get-run", "pull-messages",
     "pull-object", "push-messages", "push-object", "register-node", "send-node-heartbeat", "unregister-node",
@@ -26,10 +28,11 @@ PASSED = {("POST", f"/v1/fleet/{name}") for name in FLEET} | {("GET", "/health")
 REQUEST = (b"accept", b"accept-encoding", b"content-length", b"content-type")
 RESPONSE = (b"content-encoding", b"content-length", b"content-type")
 FLOWER = b"flwr-"  # node authentication and version of Flower
-BODY = 64 << 20  # bytes
+BODY = 20 << 20  # bytes: a piece of an array and what is around it
 HEADERS = 1 << 14  # bytes
 CONNECTIONS = 512
 PATIENCE = 30.0  # seconds without a byte
+KEPT = 30  # seconds that a silent connection is kept: longer than a node keeps it
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 Message = MutableMapping[str, Any]
@@ -138,24 +141,20 @@ async def _next(receive: Receive) -> Message:
     return message
 
 
-async def serve(host: str, port: int, superlink: str, certificate: str, key: str, ca: str) -> None:
+def serve(host: str, port: int, superlink: str, certificate: str, key: str, ca: str) -> None:
     """Until SIGINT or SIGTERM. `superlink`: host:port. Empty paths: no TLS on either side."""
-    verify = ssl.create_default_context(cafile=ca) if ca else False
-    # The SuperLink closes what was silent for 5 s; a connection that is just being closed must not be used.
-    limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=64, keepalive_expiry=2.0)
-    timeout = httpx.Timeout(PATIENCE, connect=2.0)
-    base = f"{'https' if ca else 'http'}://{superlink}"
-    async with httpx.AsyncClient(
-        base_url=base, verify=verify, limits=limits, timeout=timeout, trust_env=False
-    ) as client:
-        client.headers.clear()
-        config = uvicorn.Config(
-            gate(client), host=host, port=port, http="h11", lifespan="off", access_log=False, server_header=False,
-            date_header=False, limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=HEADERS,
-            timeout_keep_alive=30, timeout_graceful_shutdown=3, ssl_certfile=certificate or None,
-            ssl_keyfile=key or None, ssl_ciphers=CIPHERS, log_config=None, log_level="warning",
-        )  # fmt: skip
-        await uvicorn.Server(config).serve()
+    verify = ssl.create_default_context(cafile=ca) if ca else None
+    name, _, number = superlink.rpartition(":")
+    transport = Upstream(name, int(number), verify, PATIENCE)
+    client = httpx.AsyncClient(base_url=f"{'https' if ca else 'http'}://{superlink}", transport=transport)
+    client.headers.clear()
+    config = uvicorn.Config(
+        gate(client), host=host, port=port, http="h11", lifespan="off", access_log=False, server_header=False,
+        limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=HEADERS,
+        timeout_keep_alive=KEPT, timeout_graceful_shutdown=3, ssl_certfile=certificate or None,
+        ssl_keyfile=key or None, ssl_ciphers=CIPHERS, log_config=None, log_level="warning",
+    )  # fmt: skip
+    uvicorn.Server(config).run()  # on uvloop, where it is installed
 
 
 def main() -> None:
@@ -169,7 +168,7 @@ def main() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4 * CONNECTIONS)), hard))  # two a request
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    asyncio.run(serve(given.host, given.port, given.superlink, *given.tls))
+    serve(given.host, given.port, given.superlink, *given.tls)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +16,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Error, Message
-from flwr.app.message import make_message, remove_content_from_message
-from flwr.common.constant import HEARTBEAT_PATIENCE
+from flwr.app.message import array, make_message, remove_content_from_message
+from flwr.common.constant import HEARTBEAT_PATIENCE, SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -47,10 +50,12 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from deploy.connections import Connections
 from prfl.records import RAISED
 
 if TYPE_CHECKING:
@@ -58,6 +63,12 @@ if TYPE_CHECKING:
     from flwr.superlink.grid.http_grid import HttpGrid
 
 HEARTBEAT = 15.0  # seconds; a node is gone after twice as long without one. Flower's own nodes say 30
+PIECE = 16 << 20  # bytes of a piece that an array is cut into: each costs a request. Flower's own are 5 MB
+BRIEF = 2.0  # seconds that a ServerApp keeps one: the SuperLink closes it after 5
+LATE, EARLY = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE  # seconds a signature may be off
+KEPT = 25.0  # seconds that a silent connection is kept for the next task; the gate keeps it longer
+
+array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE = PIECE  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,10 @@ def _plainly() -> Iterator[None]:
         raise ValueError(f"the SuperLink refused: {told.message if told else error.response.status_code}") from None
     except httpx.HTTPError as error:
         raise ConnectionError(f"the SuperLink does not answer: {error}") from None
+
+
+class Misplaced(PermissionError):
+    """Something is wrong with this device, not with its key: its clock, its CA, whom it calls."""
 
 
 class Over(Exception):
@@ -293,7 +308,11 @@ def desk(grid: Grid) -> Desk | None:
     """None: this Grid is none of a SuperLink's."""
     from flwr.superlink.grid.http_grid import HttpGrid  # a device has no need of it
 
-    return Desk(grid) if isinstance(grid, HttpGrid) else None
+    if not isinstance(grid, HttpGrid):
+        return None
+    if grid._insecure or grid._cert is not None:
+        _connect(grid._runtime_client, grid._cert, BRIEF)
+    return Desk(grid)
 
 
 def unread(notice: Notice, why: str) -> Message:
@@ -309,7 +328,18 @@ def fleet(address: str, root_certificates: bytes | None, key: ec.EllipticCurvePr
     signed = (RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(private, public))
     insecure = root_certificates is None
     with FleetHttpClient.from_server_address(address, insecure, root_certificates, signed) as client:
+        _connect(client, root_certificates, KEPT)
         yield Fleet(client, public_key_to_bytes(public), key is None)
+
+
+def _connect(client: ProtobufClient, root_certificates: bytes | None, kept: float) -> None:
+    """Give Flower's client connections of ours."""
+    context = None
+    if root_certificates is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=root_certificates.decode("ascii"))
+    client._client.close()
+    client._client = httpx.Client(transport=Connections(context, kept), timeout=client._client.timeout)
 
 
 def load_key(file: Path) -> ec.EllipticCurvePrivateKey:
@@ -336,6 +366,18 @@ def _content(found: InflatableObject) -> Callable[[], bytes]:
     return lambda: content
 
 
+def _skewed(date: str, here: float) -> str:
+    """What is wrong with the clock of this device, if it is too far from the server's; `date`: of an answer."""
+    try:
+        ahead = here - parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return ""
+    if -LATE < ahead < EARLY:
+        return ""
+    how = "ahead of" if ahead > 0 else "behind"
+    return f"the clock of this device is {abs(ahead):.0f} s {how} the server's; set it, {EARLY} s ahead is too much"
+
+
 @contextmanager
 def _as_a_node() -> Iterator[None]:
     try:
@@ -346,12 +388,14 @@ def _as_a_node() -> Iterator[None]:
         if status in (429, 500, 502, 503, 504):  # 500: its database is busy, or it is just going
             raise ConnectionError(line) from None
         if status == 401:
-            raise PermissionError("it does not know this key any more, or the clocks differ") from None
+            if why := _skewed(error.response.headers.get("date", ""), time.time()):
+                raise Misplaced(why) from None
+            raise PermissionError("it does not know this key any more") from None
         if status == 412:
             raise PermissionError(line) from None
         raise (Over() if status == 403 else ValueError(f"the SuperLink refused: {line}")) from None
     except httpx.TransportError as error:
         line = str(error) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in line or "WRONG_VERSION_NUMBER" in line:
-            raise PermissionError(f"it is not the server of our CA: {line}") from None
+            raise Misplaced(f"it is not the server of our CA: {line}") from None
         raise ConnectionError(line) from None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 AGAIN, LONGEST = 0.5, 10.0  # seconds between two tries while the SuperLink is away: at first, at most
-THERE = 0.05  # seconds until an object may have come that was still on its way
+THERE = 0.05  # seconds until an object may have come that was still on its way, the first time
 AT_ONCE = 4  # requests for the objects of a message
 
 log = logging.getLogger("prfl")
@@ -59,9 +59,11 @@ class Line:
         patience = threading.Lock()  # who waits for an object waits alone: the SuperLink has more to do
 
         def one(name: str) -> bytes:
+            pause = THERE
             while (found := self.insist(lambda: self.fleet.fetch(node, notice.run, name))) is None:
                 with patience:
-                    self.leaving.wait(THERE)
+                    self.leaving.wait(pause)
+                pause = min(1.5 * pause, 10 * THERE)
             return found
 
         return dict(zip(notice.objects, self.pool.map(one, notice.objects, chunksize=1), strict=True))

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 IDLE = 1.0  # seconds between two looks at most
 EASE = 0.1  # share of the time without a task that the next one may lie there unseen
 REFUSED, KNOCK = 120.0, 5.0  # seconds to go on while refused, and between two tries
+GUESSES = (
+    ": it is not admitted there, or the node before us is not yet forgotten, which takes a minute",
+    ": it is not admitted there, or another node uses it",
+)  # why a key is refused: at first, at last
 PULSE = 10.0  # seconds between two heartbeats
 GOODBYE = 3.0  # seconds to say it in
 RUNS = 4  # whose state is kept
@@ -87,22 +91,21 @@ def _connected(line: Line, key: Path | None) -> Iterator[int]:
 
 def _activated(line: Line, key: Path | None) -> int:
     """Our number. Raises ValueError when the SuperLink refuses us for two minutes."""
-    name, began, said = f"the key {key}" if key else "this node", time.monotonic(), False
+    from deploy.internals import Misplaced
+
+    name, began, said = f"the key {key}" if key else "this node", time.monotonic(), None
     while True:
         try:
             return line.insist(line.fleet.activate)
+        except Misplaced as error:
+            why, guesses = str(error), ("", "")
         except PermissionError as error:
-            why = f"{line.address} refuses {name} ({error})"
+            why, guesses = f"it refuses {name} ({error})", GUESSES
         if time.monotonic() - began > REFUSED:
-            raise ValueError(f"{why} since {REFUSED:.0f} s: it is not admitted there, or another node uses it")
-        if not said:
-            log.warning(
-                "%s: it is not admitted there, or the node before us is not yet forgotten, which takes a minute; "
-                "trying again for %.0f s",
-                why,
-                REFUSED,
-            )
-            said = True
+            raise ValueError(f"{line.address}: {why} since {REFUSED:.0f} s{guesses[1]}")
+        if said != guesses:
+            log.warning("%s: %s%s; trying again for %.0f s", line.address, why, guesses[0], REFUSED)
+            said = guesses
         line.leaving.wait(KNOCK)
 
 
@@ -163,12 +166,13 @@ def _task(line: Line, node: int, notice: Notice, context: Context, app: Callable
         began = time.monotonic()
         contents = line.fetch(node, notice)
         down = sum(map(len, contents.values()))
-        line.insist(lambda: line.fleet.confirm(node, notice))
+        confirmed = line.pool.apply_async(line.insist, (lambda: line.fleet.confirm(node, notice),))
         came = time.monotonic()
         log.info("%s: %d bytes came in %.2f s", what, down, came - began)
         internals.act_as(node, notice.run)
         reply = _reply(app, notice, contents, context)
         done = time.monotonic()
+        confirmed.get()
         up = line.deliver(node, internals.Parcel.of(reply), done - came)
         how = f"failed: {reply.error.reason}" if reply.has_error() else "done"
         if not up:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from flwr.app import Message
@@ -13,6 +16,9 @@ from flwr.serverapp import Grid
 from deploy import internals
 
 OBJECTS = 16  # of a reply, besides the pieces of its array
+AT_ONCE = 4  # requests for the objects of a reply
+
+log = logging.getLogger("prfl")
 
 
 @dataclass
@@ -33,13 +39,15 @@ class Prompt(Grid):
     def __init__(self, grid: Grid, largest: float = inf):
         self._grid, self._desk, self._largest = grid, internals.desk(grid), largest
         self._coming: dict[str, Coming] = {}  # by the message that is answered
+        self._pool = ThreadPool(AT_ONCE)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The whole replies to these messages, each once; one that can not be had is an error with the reason."""
         if self._desk is None:
             return self._grid.pull_messages(message_ids)
         asked = set(message_ids)
-        for notice in self._desk.announced(asked - self._coming.keys()):
+        unheard = asked - self._coming.keys()
+        for notice in self._desk.announced(unheard) if unheard else ():
             self._coming[notice.message.metadata.reply_to_message_id] = Coming(notice)
         replies = []
         for name in sorted(asked & self._coming.keys()):
@@ -56,15 +64,14 @@ class Prompt(Grid):
         """None: some of it is still on its way."""
         if len(coming.notice.objects) > OBJECTS + self._largest / 2**20:
             raise ValueError(f"the reply is in {len(coming.notice.objects)} pieces")
-        for name in coming.notice.objects:
+        while missing := [name for name in coming.notice.objects if name not in coming.contents][:AT_ONCE]:
+            found = self._pool.map(partial(desk.fetch, coming.notice), missing, chunksize=1)
+            coming.contents |= {k: v for k, v in zip(missing, found, strict=True) if v is not None}
             if sum(map(len, coming.contents.values())) > self._largest:
                 raise ValueError(f"the reply has more than {self._largest:.0f} bytes")
-            if name not in coming.contents:
-                content = desk.fetch(coming.notice, name)
-                if content is None:
-                    return None
-                coming.contents[name] = content
-        desk.confirm(coming.notice)
+            if None in found:
+                return None
+        self._pool.apply_async(desk.confirm, (coming.notice,), error_callback=_unconfirmed)
         return coming.notice.whole(coming.contents)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -85,3 +92,7 @@ class Prompt(Grid):
 
     def create_message(self, *arguments: Any, **more: Any) -> Message:
         return self._grid.create_message(*arguments, **more)
+
+
+def _unconfirmed(error: BaseException) -> None:
+    log.warning("the SuperLink keeps a reply that is here: %s", type(error).__name__)

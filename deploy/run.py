@@ -6,16 +6,18 @@ import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from flwr.serverapp import Grid
 
 from clients.local import undivided
 from deploy.experiment import real
+from deploy.home import write
 from deploy.replies import Prompt
-from prfl import checkpoint, cost, groups, models, problem, store
+from prfl import checkpoint, cost, density, groups, models, problem, store
 from prfl.codec import Layout
 from prfl.config import Experiment
 from prfl.records import architecture_out, experiment_out
@@ -71,6 +73,7 @@ def _federate(grid: Grid, experiment: Experiment, folder: Path, data_dir: Path |
             "experiment": experiment_out(experiment),
             "codec": json.dumps(asdict(built.codec)),
             "architecture": architecture_out(architecture),
+            "run": _name(folder),
         }
         for event in earlier:
             tally(event)
@@ -79,6 +82,7 @@ def _federate(grid: Grid, experiment: Experiment, folder: Path, data_dir: Path |
             prompt, built.codec, layout, beside, timeout=settings.timeout, poll=settings.poll,
             elapsed=max((e["at"] for e in (*earlier, *lost)), default=0.0),
             joined=lambda at, client, name: log({"kind": "join", "at": at, "client": client, "class": name}),
+            known=classes(built.method.density),
         )  # fmt: skip
         transport.enrol(settings.nodes, settings.wait)
         if saved is None:
@@ -100,6 +104,22 @@ def _federate(grid: Grid, experiment: Experiment, folder: Path, data_dir: Path |
         run.close()
     polling = {"poll_seconds_mean": transport.polling.mean, "poll_seconds_longest": transport.polling.longest}
     return finish(experiment, built, layout, state, run, judge, tally, stopped, polling)
+
+
+def classes(part: object) -> frozenset[str]:
+    """The device classes that a density names, itself or in a part of it; none: it takes any."""
+    if isinstance(part, density.tiers) and isinstance(part.levels, Mapping) and not part.dynamic:
+        return frozenset(part.levels)
+    inner = [getattr(part, f.name) for f in fields(part)] if is_dataclass(part) else []
+    return frozenset[str]().union(*map(classes, inner))
+
+
+def _name(folder: Path) -> str:
+    """What devices know the run by: the same when it is gone on with, and another for every other run."""
+    file = folder / "name"
+    if not file.exists():
+        write(file, token_hex(16).encode(), mode=0o644)
+    return file.read_text()
 
 
 def _opened(

@@ -1,4 +1,4 @@
-"""Bytes as a Flower record, and back: one raw array a message, because Flower makes one request per array."""
+"""Bytes as a Flower record, and back, in as few objects as can be, because Flower makes one request per object."""
 
 from __future__ import annotations
 
@@ -14,27 +14,35 @@ from prfl.types import Architecture
 
 Scalar = int | float | str | bool | bytes
 NAME, CONFIG = "prfl", "config"
+SHORT = 1 << 20  # bytes that lie in the config itself; only an array is cut into pieces on its way
 LABEL = ("uint8", "prfl.raw")  # type and encoding that the array says it has
 LONGEST = 200  # characters of a reason
 DIED, RAISED = 0, 2  # Flower's codes of error replies: the client's process ended; the client raised an exception
 
 
 def pack(data: bytes, config: Mapping[str, Scalar] | None = None) -> RecordDict:
-    """An encoded message, with scalars beside it."""
+    """An encoded message, with scalars beside it, none of them called `prfl`."""
+    if len(data) <= SHORT:
+        return RecordDict({CONFIG: ConfigRecord({**(config or {}), NAME: data})})
     raw = Array(LABEL[0], (len(data),), LABEL[1], data)
     return RecordDict({NAME: ArrayRecord({NAME: raw}), CONFIG: ConfigRecord(dict(config or {}))})
 
 
 def unpack(record: RecordDict) -> tuple[bytes, ConfigRecord]:
     """What `pack` put in. Raises ValueError on any other content."""
-    if isinstance(record, RecordDict) and len(record) == 2:  # Flower looks into nothing that comes from a network
-        arrays, config = record.get(NAME), record.get(CONFIG)
-        raw = arrays.get(NAME) if isinstance(arrays, ArrayRecord) and len(arrays) == 1 else None
-        if isinstance(config, ConfigRecord) and isinstance(raw, Array) and (raw.dtype, raw.stype) == LABEL:
-            data: object = raw.data
-            if isinstance(data, bytes):
-                return data, config
+    config = record.get(CONFIG) if isinstance(record, RecordDict) else None  # Flower looks into nothing it receives
+    if isinstance(config, ConfigRecord):
+        data = config.get(NAME) if len(record) == 1 else _long(record)
+        if isinstance(data, bytes):
+            return data, ConfigRecord({k: v for k, v in config.items() if k != NAME})
     raise ValueError("the message is none of prfl's")
+
+
+def _long(record: RecordDict) -> object:
+    """What lies in the array beside the config."""
+    arrays = record.get(NAME)
+    raw = arrays.get(NAME) if len(record) == 2 and isinstance(arrays, ArrayRecord) and len(arrays) == 1 else None
+    return raw.data if isinstance(raw, Array) and (raw.dtype, raw.stype) == LABEL else None
 
 
 def reason(reply: Message) -> str:

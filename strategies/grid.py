@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -61,7 +61,7 @@ class GridTransport:
     clients come. A client number that comes back on a new node (a device that was restarted) moves there, once the old
     node is gone. `poll`: seconds between two looks for answers; they grow with the wait. `elapsed`: seconds of the run
     before this transport, when it goes on after an interruption. `joined` hears of every client that comes: when, its
-    number, its device class.
+    number, its device class. `known`: the device classes there can be, if not any; a node of another is left alone.
     """
 
     def __init__(
@@ -75,10 +75,11 @@ class GridTransport:
         poll: float = 0.05,
         elapsed: float = 0.0,
         joined: Callable[[float, int, str], None] = lambda at, client, profile: None,
+        known: Collection[str] = (),
     ):
         self._grid, self._codec, self._layout, self._config = grid, codec, layout, config
         self._timeout, self._poll, self._began = timeout, poll, time.monotonic() - elapsed
-        self.polling, self._joined = Polling(), joined
+        self.polling, self._joined, self._known = Polling(), joined, known
         self._sent: dict[str, Sent] = {}  # message id -> task
         self._queries: dict[str, int] = {}  # message id -> node
         self._singly = False  # since a reply that can not be read took others with it
@@ -241,6 +242,12 @@ class GridTransport:
             client, profile = -1, ""
             log.info("node %d is left alone: %s", node, refusal)
         self._ask_at[node] = inf
+        if client >= 0 and self._known and profile not in self._known:
+            here = ", ".join(sorted(self._known))
+            log.warning(
+                "client %d is left alone: the method has no share for class %r; it has %s", client, profile, here
+            )
+            return
         holder = self._nodes.get(client, node)
         if holder != node and holder in set(self._grid.get_node_ids()):
             self._ask_at[node] = self.now() + QUERY

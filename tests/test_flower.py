@@ -27,22 +27,36 @@ import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.app import app
 from clients.local import Local
+from deploy.run import classes
 from prfl import config, groups, models, problem
 from prfl.codec import Codec, Layout
 from prfl.config import Experiment
+from prfl.density import constant, tiers
 from prfl.evaluate import evaluate
 from prfl.problem import Problem
-from prfl.records import DIED, RAISED, architecture_in, architecture_out, experiment_in, experiment_out, pack, unpack
+from prfl.records import (
+    DIED,
+    RAISED,
+    SHORT,
+    architecture_in,
+    architecture_out,
+    experiment_in,
+    experiment_out,
+    pack,
+    unpack,
+)
 from prfl.types import GIVEN_UP, Architecture, Task, Update, Work
 from sim.app import DEATHS, GridWorkers, nodes
 from sim.pools import Place
 from sim.run import simulate
 from sim.workers import Failed
 from strategies import table
+from strategies.fedgmr import fedgmr
 from strategies.flower import PruningStrategy
 from strategies.grid import GridTransport
 from strategies.method import Method
@@ -321,6 +335,23 @@ def test_a_reply_that_is_none_is_refused_with_the_reason(kind: str) -> None:
     assert found.idle() == [0, 1]
 
 
+def test_a_device_class_that_the_method_does_not_name_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    grid = Nodes(0)
+    grid.join(0, profile="pi4")
+    grid.join(1, profile="toaster")
+    found = GridTransport(
+        grid, Codec(), layout(), SPEC, poll=0.001, known=classes(fedgmr({"pi4": 1.0, "pi3": 0.5}).density)
+    )
+    found.enrol(1)
+    for _ in range(3):
+        found._pull()
+        assert (found.idle(), found.classes) == ([0], {0: "pi4"})
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == "client 1 is left alone: the method has no share for class 'toaster'; it has pi3, pi4"
+    for takes_any in (constant(), tiers((1.0, 0.5)), tiers({"pi4": 1.0}, dynamic=True)):
+        assert not classes(takes_any)
+
+
 @pytest.mark.parametrize("who", [{}, {"client": "?", "profile": "p"}, {"client": 0}])
 def test_a_node_that_says_nonsense_is_left_alone(who: dict[str, Any]) -> None:
     grid = Nodes(1)
@@ -469,8 +500,11 @@ def test_records_come_back_as_they_went() -> None:
     experiment = EXPERIMENT.model_copy(update={"pacing": {"name": "pacing", "deadline": float("inf")}})
     assert experiment_in(experiment_out(experiment)) == experiment
     assert architecture_in(architecture_out(architecture())) == architecture()
-    data, config = unpack(pack(b"\0\1", {"client": 3, "experiment": "x"}))
-    assert (data, dict(config)) == (b"\0\1", {"client": 3, "experiment": "x"})
+    for sent, objects in ((b"\0\1", 2), (bytes(SHORT), 2), (bytes(SHORT + 1), 5)):
+        record = pack(sent, {"client": 3, "experiment": "x"})
+        data, config = unpack(record)
+        assert (data, dict(config)) == (sent, {"client": 3, "experiment": "x"})
+        assert len(get_all_nested_objects(record)) == objects, "each costs a request"
 
 
 # The strategy

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from typing import Any
 import homes
 import httpx
 import pytest
+import uvicorn
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -32,7 +34,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from deploy import credentials, gate, status
+from deploy.connections import Connections
 from deploy.home import Home
+from deploy.upstream import Upstream
 
 pytestmark = pytest.mark.slow
 
@@ -210,6 +214,92 @@ def test_a_stream_is_cut_where_it_grows_too_large() -> None:
 
 
 def test_a_superlink_that_is_away_is_a_503() -> None:
-    base = f"http://127.0.0.1:{homes.port()}"
-    assert asyncio.run(through(None, 1000, b"x", base)).status_code == 503
-    assert asyncio.run(through(None, 1_000_000, parts(bytes(200_000)), base)).status_code == 503
+    for content in (b"x", parts(bytes(200_000))):
+        away = Upstream("127.0.0.1", homes.port(), None, 5.0)
+        assert asyncio.run(through(away, 1_000_000, content)).status_code == 503
+
+
+def test_connections_to_the_superlink_are_used_again_and_large_bodies_pass() -> None:
+    data = os.urandom(5_000_000)
+
+    async def twice() -> list[bytes]:
+        server = uvicorn.Server(uvicorn.Config(echo, port=homes.port(), log_level="critical"))
+        serving = asyncio.ensure_future(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        upstream = Upstream("127.0.0.1", server.config.port, None, 5.0)
+        told = []
+        async with httpx.AsyncClient(transport=upstream, base_url="http://x") as client:
+            for content in (data, parts(data)):
+                told.append((await client.post("/", content=content)).content)
+                assert len(upstream.idle) == 1
+        server.should_exit = True
+        await serving
+        return told
+
+    assert asyncio.run(twice()) == [data, data]
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (b"", httpx.ReadError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", httpx.ReadError),
+        (b"no HTTP\r\n\r\n", httpx.ReadError),
+        (None, httpx.ReadTimeout),
+    ],
+)
+def test_an_answer_that_breaks_off_is_none(said: bytes | None, error: type[Exception]) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if said is not None:
+            writer.write(said)
+            writer.close()
+
+    async def ask() -> None:
+        port = homes.port()
+        async with await asyncio.start_server(answer, "127.0.0.1", port):
+            upstream = Upstream("127.0.0.1", port, None, 0.2)
+            async with httpx.AsyncClient(transport=upstream, base_url="http://x") as client:
+                await client.post("/")
+
+    with pytest.raises(error):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (b"", httpx.ReadError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", httpx.RemoteProtocolError),
+        (b"no HTTP\r\n\r\n", httpx.RemoteProtocolError),
+        (None, httpx.ReadTimeout),
+    ],
+)
+def test_nor_is_one_for_a_node(said: bytes | None, error: type[Exception]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ear:
+
+        def answer() -> None:
+            with ear.accept()[0] as one:
+                one.recv(4096)
+                one.sendall(said or b"")
+                time.sleep(0 if said is not None else 0.5)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with httpx.Client(transport=Connections(None, 1.0), timeout=0.2) as client, pytest.raises(error):
+            client.post(f"http://127.0.0.1:{ear.getsockname()[1]}/")
+    with httpx.Client(transport=Connections(None, 1.0)) as client, pytest.raises(httpx.ConnectError):
+        client.post(f"http://127.0.0.1:{homes.port()}/")
+
+
+def test_a_node_hears_what_is_said_before_all_of_its_body_was_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ear:
+
+        def refuse() -> None:
+            with ear.accept()[0] as one:
+                one.recv(4096)
+                one.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+        threading.Thread(target=refuse, daemon=True).start()
+        with httpx.Client(transport=Connections(None, 1.0), timeout=5) as client:
+            assert client.post(f"http://127.0.0.1:{ear.getsockname()[1]}/", content=bytes(1 << 24)).status_code == 413

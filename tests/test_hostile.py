@@ -86,11 +86,18 @@ def values(size: float) -> Forge:
     return lambda data: with_section(3, b"\0" + struct.pack("<f", size) * (len(sections(data)[3]) // 4))(data)
 
 
+def long(data: bytes) -> RecordDict:
+    """As `pack` does with much more."""
+    return RecordDict(
+        {"prfl": ArrayRecord({"prfl": Array("uint8", (len(data),), "prfl.raw", data)}), "config": ConfigRecord()}
+    )
+
+
 def record(**array: Any) -> Forge:
     """The message in an array with other labels."""
 
     def forge(data: bytes) -> RecordDict:
-        content = pack(data)
+        content = long(data)
         content.array_records["prfl"]["prfl"].__dict__.update(array)
         return content
 
@@ -145,16 +152,20 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "length 1": (with_length(0, 2**63), "^truncated"),
     "length 2": (with_length(2, 7), "^truncated: 7 bytes are missing$"),
     "nothing": (lambda d: RecordDict(), NONE),
-    "no config": (lambda d: RecordDict({"prfl": pack(d)["prfl"]}), NONE),
+    "no config": (lambda d: RecordDict({"prfl": long(d)["prfl"]}), NONE),
     "no array": (lambda d: RecordDict({"prfl": ArrayRecord(), "config": ConfigRecord()}), NONE),
     "text for bytes": (lambda d: RecordDict({"prfl": ConfigRecord({"prfl": "x"}), "config": ConfigRecord()}), NONE),
     "bytes in a config": (lambda d: RecordDict({"prfl": ConfigRecord({"prfl": d}), "config": ConfigRecord()}), NONE),
     "metrics for arrays": (lambda d: RecordDict({"prfl": MetricRecord({"prfl": 1}), "config": ConfigRecord()}), NONE),
-    "metrics for a config": (lambda d: RecordDict({**pack(d), "config": MetricRecord({"a": math.nan})}), NONE),
+    "metrics for a config": (lambda d: RecordDict({**long(d), "config": MetricRecord({"a": math.nan})}), NONE),
+    "text in the config": (lambda d: RecordDict({"config": ConfigRecord({"prfl": "x"})}), NONE),
+    "an empty config": (lambda d: RecordDict({"config": ConfigRecord()}), NONE),
+    "bytes under another name": (lambda d: RecordDict({"other": pack(d)["config"]}), NONE),
+    "an array beside": (beside("prfl", ArrayRecord([np.zeros(3)])), NONE),
     "metrics beside": (beside("metrics", MetricRecord({"num-examples": -1, "x": [math.nan] * 99})), NONE),
-    "second array": (lambda d: RecordDict({**pack(d), "prfl": ArrayRecord([np.zeros(3), np.zeros(2)])}), NONE),
+    "second array": (lambda d: RecordDict({**long(d), "prfl": ArrayRecord([np.zeros(3), np.zeros(2)])}), NONE),
     "ten thousand arrays": (many, NONE),
-    "an ndarray": (lambda d: RecordDict({**pack(d), "prfl": ArrayRecord([np.frombuffer(d, np.uint8)])}), NONE),
+    "an ndarray": (lambda d: RecordDict({**long(d), "prfl": ArrayRecord([np.frombuffer(d, np.uint8)])}), NONE),
     "type": (record(dtype="float32"), NONE),
     "type of another type": (record(dtype=["uint8"]), NONE),
     "encoding": (record(stype="numpy.ndarray"), NONE),

@@ -22,14 +22,14 @@ from test_server import Events, of_kind, played
 from world import CLASSES, World, method
 
 from clients import app, memory
-from clients.keeping import EXPERIMENTS, Kept
+from clients.keeping import RUNS, Kept
 from prfl import cost, groups, models
 from prfl.codec import Codec
 from prfl.config import Data, Experiment
 from prfl.cut import Cut
 from prfl.density import constant
 from prfl.problem import Problem
-from prfl.records import architecture_out, experiment_out
+from prfl.records import architecture_out, experiment_out, unpack
 from prfl.types import Arrival, Shortage, Work
 from strategies.flower import PruningStrategy
 from strategies.grid import GridTransport
@@ -271,7 +271,7 @@ def test_the_client_app_refuses_what_does_not_fit_and_gets_less() -> None:
     experiment, problem = big()
     params, arch = models.values(problem.model), groups.architecture(problem.model, problem.example)
     grid = Nodes(3)
-    _, held = app._local(experiment_out(experiment), "", False)
+    _, held = app._local(experiment_out(experiment), "", False, "cpu")
     grid.contexts[1000].node_config["memory"] = held + ROOM
     spec = {"experiment": experiment_out(experiment), "codec": "{}", "architecture": architecture_out(arch)}
     found = GridTransport(grid, Codec(), type(layout()).of(params, arch.groups), spec, timeout=20, poll=0.001)
@@ -293,7 +293,7 @@ def test_in_a_loop_by_rounds_limits_hold_too() -> None:
     experiment, problem = big()
     arch = groups.architecture(problem.model, problem.example)
     grid = Nodes(3)
-    _, held = app._local(experiment_out(experiment), "", False)
+    _, held = app._local(experiment_out(experiment), "", False, "cpu")
     grid.contexts[1000].node_config["memory"] = held + ROOM
     grid.contexts[1000 - 7].node_config["memory"] = 1
     strategy = PruningStrategy(
@@ -328,8 +328,9 @@ def test_without_costs_nothing_is_refused_and_nonsense_is_said() -> None:
 # What is kept on disk
 
 
-def lossy(grid: Nodes) -> GridTransport:
-    found = GridTransport(grid, Codec("int8"), layout(), SPEC | {"codec": '{"values": "int8"}'}, timeout=20, poll=0.001)
+def lossy(grid: Nodes, **more: str) -> GridTransport:
+    beside = SPEC | {"codec": '{"values": "int8"}', **more}
+    found = GridTransport(grid, Codec("int8"), layout(), beside, timeout=20, poll=0.001)
     found.enrol(len(grid.contexts))
     return found
 
@@ -364,8 +365,16 @@ def test_what_a_lossy_codec_withheld_survives_a_restart_in_the_folder(tmp_path: 
     assert same(second(str(tmp_path / "b"), restart=False), unbroken)
     assert not same(second("", restart=True), unbroken)
     (kept,) = (tmp_path / "a").iterdir()
-    assert kept.name == Kept(tmp_path / "a", str(SPEC["experiment"]), 0).path.name
+    assert kept.name == Kept(tmp_path / "a", "1", 0).path.name  # the number of Flower's run
     assert load_file(kept).keys() == local().params.keys()
+
+
+def test_another_run_of_the_same_experiment_starts_clean(tmp_path: Path) -> None:
+    grid = Nodes(0)
+    grid.join(0, 5, state=str(tmp_path))
+    assert answered(lossy(grid, run="one"), 0).update is not None
+    assert same(answered(lossy(grid, run="two"), 1).update, second("", restart=True))
+    assert same(answered(lossy(grid, run="one"), 1).update, second("", restart=False))
 
 
 def spoil(path: Path, how: str) -> None:
@@ -427,20 +436,20 @@ def test_a_disk_that_can_not_be_written_costs_no_task(tmp_path: Path) -> None:
     assert answered(found, 1).update is not None
 
 
-def test_files_of_former_experiments_go_and_others_stay(tmp_path: Path) -> None:
+def test_files_of_former_runs_go_and_others_stay(tmp_path: Path) -> None:
     tree = {"w": torch.zeros(3)}
     (tmp_path / "mine.txt").write_text("x")
-    for i in range(EXPERIMENTS + 3):
+    for i in range(RUNS + 3):
         for client in (0, 7):
-            kept = Kept(tmp_path, f"experiment {i}", client)
+            kept = Kept(tmp_path, f"run {i}", client)
             kept.write(tree)
             os.utime(kept.path, (1e9 + i, 1e9 + i))
-    left = [i for i in range(EXPERIMENTS + 3) if Kept(tmp_path, f"experiment {i}", 7).path.exists()]
-    assert left == list(range(3, EXPERIMENTS + 3))
+    left = [i for i in range(RUNS + 3) if Kept(tmp_path, f"run {i}", 7).path.exists()]
+    assert left == list(range(3, RUNS + 3))
     assert (tmp_path / "mine.txt").exists()
-    assert len(list(tmp_path.iterdir())) == 1 + 2 * EXPERIMENTS
-    assert Kept(tmp_path, "experiment 5", 0).read({"w": (3,)}) is not None
-    assert Kept(tmp_path, "experiment 5", 1).read({"w": (3,)}) is None
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * RUNS
+    assert Kept(tmp_path, "run 5", 0).read({"w": (3,)}) is not None
+    assert Kept(tmp_path, "run 5", 1).read({"w": (3,)}) is None
 
 
 # What a device tells
@@ -503,14 +512,24 @@ def test_errors_of_a_reader_tell_the_server_a_kind_and_a_number(kind: str, caplo
     assert "home" not in arrival.reason
 
 
+def test_a_package_that_a_device_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flwr_datasets", None)
+    data = Data(set="digits", clients=CLIENTS, partition={"name": "dirichlet", "alpha": 0.77})
+    experiment = EXPERIMENT.model_copy(update={"data": data})
+    grid = Nodes(1)
+    found = GridTransport(grid, Codec(), layout(), SPEC | {"experiment": experiment_out(experiment)}, poll=0.001)
+    found.enrol(1)
+    assert answered(found, 0).reason.startswith("partition dirichlet needs flwr-datasets; install prfl[sim]")
+
+
 def test_what_leaves_a_device_is_the_update_and_numbers() -> None:
     grid = Nodes(1)
     asked = transport(grid, 1).message(task(0))
     asked.metadata.__dict__["_message_id"] = "m"
     reply = grid.reply(asked)
     assert reply is not None
-    assert {k: dict(v) for k, v in reply.content.config_records.items()} == {"config": {}}
-    update = Codec().decode_update(reply.content.array_records["prfl"]["prfl"].data, task(0), layout())
+    assert {k: list(v) for k, v in reply.content.items()} == {"config": ["prfl"]}
+    update = Codec().decode_update(unpack(reply.content)[0], task(0), layout())
     assert set(update.metrics) == {"loss", "loss_first", "loss_last", "accuracy", "samples", "steps"}
     scores = grid.reply(transport(grid, 1).message(task(0), "evaluate"))
     assert scores is not None

@@ -8,10 +8,14 @@ import os
 import signal
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import Message
@@ -126,9 +130,43 @@ def test_flower_s_messages_have_the_fields_that_we_use() -> None:
 
 def test_flower_s_grid_and_identity_are_as_we_reach_into_them() -> None:
     grid = HttpGrid("127.0.0.1:1", insecure=True, token="t")
-    assert {"node", "_runtime_client"} <= set(dir(grid))
+    assert {"node", "_runtime_client", "_insecure", "_cert"} <= set(dir(grid))
+    with FleetHttpClient("http://127.0.0.1:1") as client:
+        assert isinstance(client._client, httpx.Client)
     internals.act_as(node=7, run=8)
     assert (TaskIdentity.node_id, TaskIdentity.run_id) == (7, 8)
+
+
+@pytest.mark.parametrize(("kept", "connections"), [(60.0, 1), (0.01, 3)])
+def test_a_connection_is_kept_from_one_task_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, kept: float, connections: int
+) -> None:
+    came = []
+
+    class Superlink(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            came.append(self.client_address)
+            super().setup()
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            answer = heartbeat_pb2.SendNodeHeartbeatResponse(success=True).SerializeToString()
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    monkeypatch.setattr(internals, "KEPT", kept)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Superlink) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with internals.fleet(f"127.0.0.1:{server.server_port}", None, None) as fleet:
+            for _ in range(3):
+                fleet.heartbeat(7)
+                time.sleep(0.05)
+        server.shutdown()
+    assert len(came) == connections
 
 
 def test_a_message_comes_through_in_pieces() -> None:
@@ -137,9 +175,10 @@ def test_a_message_comes_through_in_pieces() -> None:
     from prfl.records import pack, unpack
 
     internals.act_as(node=7, run=8)
-    data = os.urandom(6 << 20)  # more than Flower's chunk
+    data = os.urandom(internals.PIECE + 1)
     sent = Message(pack(data, {"client": 3}), dst_node_id=9, message_type="train", group_id="4")
     parcel = internals.Parcel.of(sent)
+    assert len(parcel.contents) == 7, "message, its records, array, and two pieces"
     contents = {k: make() for k, make in parcel.contents.items()}
     bare = Message(RecordDict(), dst_node_id=9, message_type="train", group_id="4")
     bare.metadata.__dict__["_message_id"] = parcel.message.metadata.message_id
@@ -323,6 +362,15 @@ def test_the_life_of_a_node(tmp_path: Path) -> None:
             assert "not yet forgotten" in said(logs / "again")
 
 
+def test_a_wrong_clock_is_told_from_a_wrong_key() -> None:
+    date, then = "Mon, 30 Nov 2026 12:00:00 GMT", 1796040000.0
+    for ahead in (-internals.LATE + 1, 0, internals.EARLY - 1):
+        assert internals._skewed(date, then + ahead) == ""
+    assert internals._skewed(date, then + 12).startswith("the clock of this device is 12 s ahead of the server's")
+    assert internals._skewed(date, then - 400).startswith("the clock of this device is 400 s behind the server's")
+    assert internals._skewed("", then) == internals._skewed("soon", then) == ""
+
+
 def nobody_else_comes_in(at: Home, gate: int, elsewhere: Path) -> None:
     """Not an unknown key, not without TLS or key, and no node takes another server for ours."""
     address, root = f"127.0.0.1:{gate}", at.ca.read_bytes()
@@ -335,7 +383,7 @@ def nobody_else_comes_in(at: Home, gate: int, elsewhere: Path) -> None:
         (root, None, PermissionError, "SuperNode authentication is enabled"),
         (None, None, ConnectionError, None),
         (None, known, ConnectionError, None),
-        (other.ca.read_bytes(), known, PermissionError, "not the server of our CA.*CERTIFICATE_VERIFY_FAILED"),
+        (other.ca.read_bytes(), known, internals.Misplaced, "not the server of our CA.*CERTIFICATE_VERIFY_FAILED"),
     ):
         with internals.fleet(address, certificates, key) as fleet, pytest.raises(error, match=why):
             fleet.activate()
