@@ -77,8 +77,8 @@ def problem(job: Job) -> Problem:
 
 
 def pruned(work: Work = Work()) -> Method:
-    """PR-FL with channel masks of fixed densities, 0.3 on average."""
-    return replace(pr_fl(unit="channels", work=work), density=density.tiers((0.1, 0.2, 0.3, 0.6)))
+    """PR-FL with channel masks of fixed densities, 0.3 on average, in multiples of eight."""
+    return replace(pr_fl(unit="channels", multiple=8, work=work), density=density.tiers((0.1, 0.2, 0.3, 0.6)))
 
 
 def prfl(job: Job, given: Problem, pool: Pool, rounds: int, method: Any = "fedavg") -> float:

@@ -88,7 +88,7 @@ class Ranking:
             sizes, cores = (dict.fromkeys(of, sum(of.values())) for of in (sizes, cores))
         channels = {}
         for group, place in self.places.items():
-            keep = max(cores[group], ceil(width * sizes[group] - NOISE))
+            keep = self.cut.rounded(ceil(width * sizes[group] - NOISE), cores[group])
             whole = any(self.cut.skips(m.entry) for m in group.members)
             channels[group] = (place < (place.max() + 1 if whole else keep)).nonzero().flatten()
         return Mask(channels=channels, origin=ref(self))
@@ -107,6 +107,7 @@ class Cut:
     the filters or neurons that make it ("filter", Li et al. 2017). floor: the share that every layer or group keeps at
     least, its core: the best by score or by magnitude; never less than one unit (ours). skip: parts of names of entries
     that are never cut. named: a mask of all channels names them too, for clients that cut it further by themselves.
+    multiple: channels are kept in multiples of so many, the nearest, as processors work on 4, 8 or 16 at once (ours).
 
     PR-FL is `Cut(spread="model", floor=core, core="magnitude")`: the model's best by importance as published, the core
     and importance per cost (`costs` of `rank`) as in its released code. A share below the core's gets the core.
@@ -120,6 +121,7 @@ class Cut:
     skip: tuple[str, ...] = ()
     by: Literal["group", "filter"] = "group"
     named: bool = False
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         choice("cut", "unit", self.unit, ("weights", "channels"))
@@ -131,6 +133,9 @@ class Cut:
             raise ValueError(f"cut: floor must be in [0, 1], got {self.floor:g}")
         if self.unit == "channels" and self.spread == "erk":
             raise ValueError("cut: channels are spread by layer or model, not 'erk'")
+        if self.multiple < 1 or (self.multiple > 1 and (self.unit, self.spread) != ("channels", "layer")):
+            got = f"{self.multiple} of {self.unit} by {self.spread}"
+            raise ValueError(f"cut: multiples are above 0, and of channels by layer; got {got}")
         if isinstance(self.skip, str):
             raise ValueError(f"cut: skip must be a list of parts of names, got {self.skip!r}")
 
@@ -158,6 +163,10 @@ class Cut:
     def skips(self, entry: str) -> bool:
         """Whether an entry is never cut."""
         return any(part in entry for part in self.skip)
+
+    def rounded(self, keep: int, core: int) -> int:
+        """The multiple nearest to `keep` channels, half of one up, that holds the core."""
+        return max(-(-core // self.multiple), (2 * keep + self.multiple) // (2 * self.multiple)) * self.multiple
 
     def core_of(self, size: int) -> int:
         """How many of a layer's weights or a group's channels are its core."""

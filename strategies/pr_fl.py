@@ -34,6 +34,7 @@ def pr_fl(
     cache: Literal["growing", "frozen"] = "growing",
     listen: int = 1,
     unit: Literal["weights", "channels"] = "weights",
+    multiple: int = 1,
     recover: bool = True,
     work: Work = Work(),
 ) -> Method:
@@ -42,13 +43,16 @@ def pr_fl(
     floor: rho_min, the least density of stage 1. core: share of every layer kept by magnitude. every: versions between
     rankings, density steps and plateau checks. patience: checks without improvement before a density rises by `step`.
     growth: the rest is ranked by score, or by score per cost of a weight. listen: versions before a ranking whose tasks
-    ask for the statistic (0: all; ours, since its bytes are counted). unit "channels" is ours.
+    ask for the statistic (0: all; ours, since its bytes are counted). unit "channels" is ours, as
+    is `multiple`: see `Cut`.
     """
     first = density.by_time(floor=floor, rule=rule, window=every, every=every)
     return Method(
         density=regrow(first, step=step, patience=patience, every=every, floor=floor) if recover else first,
         saliency=REPORTS[score],
-        cut=Cut(unit, "layer") if unit == "channels" else Cut(spread="model", floor=core, core="magnitude"),
+        cut=Cut(unit, "layer", multiple=multiple)
+        if unit == "channels"
+        else Cut(spread="model", floor=core, core="magnitude"),
         merge=buff_mask_fed_avg(cache, staleness.polynomial(a)),
         work=replace(work, normalise=True, window="last" if score == "last_batch_g2" else "all"),
         remask=rerank(every, listen),

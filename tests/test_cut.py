@@ -76,6 +76,7 @@ channel_cuts = st.builds(
     core=st.sampled_from(("score", "magnitude")),
     width=st.sampled_from(("linear", "sqrt")),
     skip=st.sampled_from(((), ("side",), ("fc",))),
+    multiple=st.sampled_from((1, 1, 2, 3)),
 )
 
 
@@ -186,7 +187,10 @@ def test_channels_are_kept_as_the_textbook_says(cut: Cut, both: tuple[Tree, Tree
             keys = [float("inf") if c in core else s for c, s in enumerate(sums(g, scores))]
             wide = up((share if cut.width == "linear" else share**0.5) * g.size)
             skipped = any(s in m.entry for s in cut.skip for m in g.members)
-            assert at.tolist() == sorted(best(keys, g.size if skipped else max(len(core), wide)))
+            steps = range(0, g.size + cut.multiple, cut.multiple)
+            near = min(steps, key=lambda n: (abs(n - wide), -n))
+            least = next(n for n in steps if n >= len(core))
+            assert at.tolist() == sorted(best(keys, g.size if skipped else max(least, near)))
             assert len(at) >= 1
             assert at.dtype == torch.int64
     ordered = [ranking.mask(share) for share in sorted(shares)]
@@ -403,6 +407,17 @@ def test_a_ranking_forgets_the_model_once_it_is_in_order(cut: Cut) -> None:
 # What is refused
 
 
+def test_channels_in_multiples_golden() -> None:
+    """Of 64: 3.2 want 8 at least, 10.9, so 11, are nearest to 8, 11.5, so 12, and 19.2, so 20, half of eight above."""
+    wide, narrow = Group(64, (Member("w", 0),)), Group(6, (Member("v", 0),))
+    scores = {"w": torch.arange(64.0).view(64, 1), "v": torch.rand(6, 1)}
+    ranking = Cut("channels", width="linear", multiple=8).rank(scores, scores, (wide, narrow))
+    for share, kept in ((0.05, 8), (0.17, 8), (0.18, 16), (0.3, 24), (0.99, 64)):
+        channels = ranking.mask(share).channels
+        assert channels[wide].tolist() == [*range(64 - kept, 64)]
+        assert len(channels[narrow]) == 6  # fewer than eight stay whole
+
+
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.0001, float("nan"), float("inf")])
 def test_shares_outside_0_1_are_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"^density must be in \(0, 1\], got \S+$"):
@@ -419,6 +434,11 @@ def test_shares_outside_0_1_are_refused(share: float) -> None:
         ({"floor": -0.1}, r"floor must be in \[0, 1\], got -0.1"),
         ({"floor": float("nan")}, r"floor must be in \[0, 1\], got nan"),
         ({"unit": "channels", "spread": "erk"}, "channels are spread by layer or model, not 'erk'"),
+        ({"multiple": 8}, "multiples are above 0, and of channels by layer; got 8 of weights by layer"),
+        (
+            {"unit": "channels", "multiple": 0},
+            "multiples are above 0, and of channels by layer; got 0 of channels by layer",
+        ),
         ({"skip": "head"}, "skip must be a list of parts of names, got 'head'"),
     ],
 )
