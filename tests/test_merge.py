@@ -364,7 +364,7 @@ def test_a_large_cache_is_the_average_of_its_clients(masks: str):
     merged, memory = part(state(start, part), arrivals)
     terms = [(a.update.mask, local(a.task, a.update), a.update.weight, a.update.weight) for a in arrivals]
     mean, held = average(start, terms)
-    assert close(merged, keep(held, mean, start), 1e-5)
+    assert close(merged, keep(held(), mean, start), 1e-5)
     assert {c.at is None for c in memory.values()} == {MASKS[masks][i] is DENSE for i in range(4)}
 
 
