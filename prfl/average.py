@@ -117,6 +117,12 @@ def shares(
     return [(a.task, u, weight(u, weigh) * staleness(state.version - a.task.version)) for a, u in ordered(arrivals)]
 
 
+def together(votes: Sequence[tuple[Task, Update, float, float]]) -> list[tuple[Task, Update, float, float]]:
+    """Those that share a mask side by side, so that its sum stays in the cache; in their order otherwise."""
+    first: dict[Mask, int] = {}
+    return sorted(votes, key=lambda vote: first.setdefault(vote[1].mask, len(first)))
+
+
 def local(task: Task, update: Update) -> dict[str, Tensor]:
     """w_i: packed local weights."""
     return {k: update.mask.gather(k, task.params[k]) + d for k, d in update.delta.items()}

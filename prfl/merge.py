@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from prfl.arrivals import key, ordered
-from prfl.average import Term, Weigh, average, away, check, keep, local, shares, weight
+from prfl.average import Term, Weigh, average, away, check, keep, local, shares, together, weight
 from prfl.cache import buff_fed_avg, buff_mask_fed_avg, mask_fed_avg
 from prfl.checks import choice, positive, share
 from prfl.masks import DENSE, Mask
@@ -57,8 +57,8 @@ class masked_mean:
         tasks = [(a.task, u) for a, u in ordered(arrivals)]
         counts = [weight(u, self.weigh) for _, u in tasks]
         factors = [n * self.staleness(state.version - t.version) for (t, _), n in zip(tasks, counts, strict=True)]
-        moves = (self._moves(state.params, t, u) for t, u in tasks)
-        terms = ((u.mask, d, f, n) for (_, u), d, f, n in zip(tasks, moves, factors, counts, strict=True))
+        votes = together([(t, u, f, n) for (t, u), f, n in zip(tasks, factors, counts, strict=True)])
+        terms = ((u.mask, self._moves(state.params, t, u), f, n) for t, u, f, n in votes)
         step, count = average(state.params, terms, None if self.missing == "holders" else sum(counts))
         gone = sum(factors) / sum(counts) if self.missing == "zero" and any(counts) else 0.0
         for k, w in state.params.items():
