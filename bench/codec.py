@@ -1,4 +1,4 @@
-"""The wire format: length against the information-theoretic least, GB/s of dense model both ways, microseconds; in CPU seconds of one thread."""
+"""The wire format: length against the information-theoretic least, GB/s both ways; CPU seconds of one thread."""
 
 from __future__ import annotations
 
