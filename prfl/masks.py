@@ -183,7 +183,8 @@ def positions(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
     packed = np.packbits(flags)
     filled = np.flatnonzero(packed.astype(np.bool_))
     inside = np.flatnonzero(np.unpackbits(packed[filled]).view(np.bool_))
-    return filled[inside >> 3] * 8 + (inside & 7)
+    at: NDArray[np.int64] = filled[inside >> 3] * 8 + (inside & 7)
+    return at
 
 
 def nested(small: Mask, big: Mask, params: Tree) -> bool:
