@@ -51,9 +51,9 @@ def main() -> None:
             f"{row['of torch']:>10.2f}{row['of numpy']:>10.2f}",
             flush=True,
         )
-    for row in rows:
-        met = "met" if float(row["of torch"]) >= TARGET else "MISSED"
-        print(f"{row['masks']}: {row['of torch']:.2f} of a copy by torch, {TARGET} wanted: {met}")
+    for done in rows:
+        met = "met" if float(done["of torch"]) >= TARGET else "MISSED"
+        print(f"{done['masks']}: {done['of torch']:.2f} of a copy by torch, {TARGET} wanted: {met}")
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "merge": rows}, indent=1))
 
