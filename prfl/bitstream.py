@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prfl.masks import Mask
+from prfl.masks import Mask, positions
 from prfl.types import Group, Tree
 
 ABSENT, ALL, PREFIX, BITMAP, GAPS, HOLES = range(6)  # the forms of a set
@@ -95,13 +95,18 @@ def encode_set(flags: NDArray[np.bool_], at: NDArray[np.int64] | None = None) ->
     rare, few = (flags, count) if 2 * count <= size else (~flags, size - count)
     if 0 < few < _FEW * size:
         k = max(0, 1 + floor(log2(log((5**0.5 - 1) / 2) / log1p(-few / size))))
-        gaps = np.diff(at if at is not None and rare is flags else np.flatnonzero(rare), prepend=-1) - 1
-        ones = np.cumsum((gaps >> k) + 1) - 1
+        gaps = (at if at is not None and rare is flags else positions(rare)).astype(np.uint32)
+        gaps[1:] -= gaps[:-1] + 1
+        rest = (gaps & (1 << k) - 1).astype(np.min_scalar_type(1 << k))
+        gaps >>= k
+        gaps += 1
+        ones = np.cumsum(gaps, dtype=np.int64)
+        ones -= 1
         length = int(ones[-1]) + 1
         if _GAPS.size + (length + 7) // 8 + k * ((few + 7) // 8) < shortest:
             unary = np.zeros(length, np.bool_)
             unary[ones] = True
-            planes = [np.packbits(gaps & (1 << j) != 0).data for j in range(k)]
+            planes = [np.packbits(rest & (1 << j)).data for j in range(k)]
             head = _GAPS.pack(GAPS if rare is flags else HOLES, few, k, length)
             return b"".join((head, np.packbits(unary).data, *planes))
     return bytes([BITMAP]) + np.packbits(flags).tobytes()
@@ -133,13 +138,17 @@ def _set(reader: Reader, size: int) -> tuple[NDArray[np.bool_] | None, NDArray[n
     few, k, length = reader.fields("<IBI")
     if not 0 < few <= size // 2 or 1 << k > size or length > few + (size >> k):
         raise Refused(f"mask: {few} gaps of {k} and {length} bits in {size}")
-    ones = np.flatnonzero(reader.bits(length).view(np.bool_))
-    if len(ones) != few:
-        raise Refused(f"mask: {len(ones)} gaps, {few} announced")
-    gaps = (np.diff(ones, prepend=-1) - 1) << k
-    for j in range(k):
-        gaps |= reader.bits(few).astype(np.int64) << j
-    at = np.cumsum(gaps + 1) - 1
+    at = np.flatnonzero(reader.bits(length).view(np.bool_))
+    if len(at) != few:
+        raise Refused(f"mask: {len(at)} gaps, {few} announced")
+    if k:  # as many quotients come before a one as zeros: the place it has less the ones before it
+        rest = np.ones(few, np.min_scalar_type(1 << k))
+        for j in range(k):
+            rest += np.multiply(reader.bits(few), 1 << j, dtype=rest.dtype)
+        at -= np.arange(few)
+        at <<= k
+        at += np.cumsum(rest, dtype=np.int64)
+        at -= 1
     if at[-1] >= size:
         raise Refused(f"mask: position {at[-1]} of {size}")
     flags[at] = True
@@ -191,7 +200,7 @@ def decode_mask(reader: Reader, layout: Layout, before: Mask | None = None, held
     for group in layout.groups if kinds & CHANNELS else ():
         flags, _ = _decode(reader, group.size, _side(before, group))
         if flags is not None:
-            channels[group] = torch.from_numpy(np.flatnonzero(flags))
+            channels[group] = torch.from_numpy(positions(flags))
     if bool(bits) != bool(kinds & BITS) or bool(channels) != bool(kinds & CHANNELS):
         raise Refused("mask: a kind was announced that no entry has")
     if reader.at != len(reader.data):
@@ -221,7 +230,7 @@ def _encode(
         return bytes([ABSENT]) if flags is None else encode_set(flags, at)
     if (before & ~flags).any():
         raise ValueError("mask: the one before is not nested in it")
-    return encode_set(flags[np.flatnonzero(~before)])
+    return encode_set(flags[positions(~before)])
 
 
 def _decode(
@@ -229,7 +238,7 @@ def _decode(
 ) -> tuple[NDArray[np.bool_] | None, NDArray[np.int64] | None]:
     if before is None:
         return _set(reader, size)
-    free = np.flatnonzero(~before)
+    free = positions(~before)
     new = decode_set(reader, len(free))
     if new is None:
         return None, None

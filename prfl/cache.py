@@ -50,7 +50,7 @@ class mask_fed_avg:
         p = normalised(seen)
         eta = min(1.0, sum(p[c] for c in sorted(now))) if self.eta is None else self.eta
         mean, count = average(state.params, ((u.mask, local(t, u), a, a) for t, u, a in votes))
-        return keep(count, {k: torch.lerp(w, mean[k], eta) for k, w in state.params.items()}, state.params), seen
+        return keep(count(), {k: torch.lerp(w, mean[k], eta) for k, w in state.params.items()}, state.params), seen
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
 from math import isfinite, prod
 from struct import Struct, error
@@ -143,14 +143,17 @@ class Codec:
         if not self.lossless:
             data, withheld = self.encode_update(update, task, layout, carry=carry)
             return self.decode_update(data, task, layout), len(data), withheld
-        _, sections = self._laid_out(update, task, layout, None)
-        scores = {k: float(v) for k, v in update.metrics.items()}
+        moves, sections = self._laid_out(update, task, layout, None)
+        scores, signal = _object(Reader(memoryview(sections[1][0])), "metrics"), update.signal
         _accept(update.weight, scores)
-        look(update.delta, "", FARTHEST)
-        if update.signal is not None:
-            look(update.signal, "signal ", LOUDEST)
+        delta = dict(zip(layout.shapes, moves, strict=True))
+        look(delta, "", FARTHEST)
+        if signal is not None:
+            signal = {k: signal[k].detach().contiguous() for k in layout.shapes if k in signal}
+            look(signal, "signal ", LOUDEST)
         mask = decode_mask(Reader(memoryview(sections[2][0])), layout) if sections[2] else task.mask
-        return replace(update, mask=mask, metrics=scores), sealed(*sections), None
+        weight = float(update.weight)
+        return Update(task.client, task.version, delta, mask, weight, scores, signal), sealed(*sections), None
 
     def _laid_out(
         self, update: Update, task: Task, layout: Layout, carry: Tree | None

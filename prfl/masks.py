@@ -12,6 +12,7 @@ from weakref import ReferenceType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prfl.types import Group, Tree
@@ -155,7 +156,7 @@ class Mask:
         key = entry, tuple(shape)
         if key not in self._positions:
             if entry in self.bits:
-                at = torch.from_numpy(np.flatnonzero(self.bits[entry].numpy()))
+                at = torch.from_numpy(positions(self.bits[entry].numpy()))
             else:
                 at = torch.zeros((), dtype=torch.int64)
                 for axis, size in enumerate(shape):
@@ -170,6 +171,20 @@ DENSE = Mask()
 def prunable(tensor: Tensor) -> bool:
     """Weights of convolutions and linear layers; biases, norms and their statistics are never cut by weight."""
     return tensor.dim() > 1
+
+
+def positions(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Flat indices of what is set, ascending: `np.flatnonzero`, which is slow below one in ten and so sees fewer zeros.
+
+    Of eight flags that are one byte when packed, at least one is set in every byte that is looked into.
+    """
+    if 10 * np.count_nonzero(flags) > flags.size:
+        return np.flatnonzero(flags)
+    packed = np.packbits(flags)
+    filled = np.flatnonzero(packed.astype(np.bool_))
+    inside = np.flatnonzero(np.unpackbits(packed[filled]).view(np.bool_))
+    at: NDArray[np.int64] = filled[inside >> 3] * 8 + (inside & 7)
+    return at
 
 
 def nested(small: Mask, big: Mask, params: Tree) -> bool:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from prfl.arrivals import key, ordered
-from prfl.average import Term, Weigh, average, away, check, keep, local, shares, weight
+from prfl.average import Term, Weigh, average, away, check, keep, local, shares, together, weight
 from prfl.cache import buff_fed_avg, buff_mask_fed_avg, mask_fed_avg
 from prfl.checks import choice, positive, share
 from prfl.masks import DENSE, Mask
@@ -57,15 +57,15 @@ class masked_mean:
         tasks = [(a.task, u) for a, u in ordered(arrivals)]
         counts = [weight(u, self.weigh) for _, u in tasks]
         factors = [n * self.staleness(state.version - t.version) for (t, _), n in zip(tasks, counts, strict=True)]
-        moves = (self._moves(state.params, t, u) for t, u in tasks)
-        terms = ((u.mask, d, f, n) for (_, u), d, f, n in zip(tasks, moves, factors, counts, strict=True))
+        votes = together([(t, u, f, n) for (t, u), f, n in zip(tasks, factors, counts, strict=True)])
+        terms = ((u.mask, self._moves(state.params, t, u), f, n) for t, u, f, n in votes)
         step, count = average(state.params, terms, None if self.missing == "holders" else sum(counts))
         gone = sum(factors) / sum(counts) if self.missing == "zero" and any(counts) else 0.0
         for k, w in state.params.items():
             if gone:
                 step[k].sub_(w, alpha=gone)
             step[k].mul_(min(self.lr, 1.0) if statistic(k) else self.lr).add_(w)
-        return keep(count, step, state.params) if gone else step, None
+        return keep(count(), step, state.params) if gone else step, None
 
     def _moves(self, params: Tree, task: Task, update: Update) -> Tree:
         moves = {k: away(k, params, task, update) if statistic(k) else d for k, d in update.delta.items()}
@@ -120,7 +120,7 @@ class fed_avg:
         votes = shares(state, arrivals, self.staleness, self.weigh)
         terms = ((u.mask, local(t, u), a, a) for t, u, a in votes)
         mean, count = average(state.params, terms, sum(a for *_, a in votes))
-        return keep(count, mean, state.params), None
+        return keep(count(), mean, state.params), None
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class r2sp:
         residuals = ((DENSE, {k: (v - state.params[k]).flatten() for k, v in w.items()}, a, 0.0) for w, a in old)
         terms: list[Term] = [(u.mask, u.delta, a, a) for _, u, a in votes]
         step, count = average(state.params, chain(terms, residuals), sum(a for *_, a in votes))
-        return keep(count, {k: w + step[k] for k, w in state.params.items()}, state.params), None
+        return keep(count(), {k: w + step[k] for k, w in state.params.items()}, state.params), None
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class heterofl:
                 raise ValueError(f"heterofl: the model has no entry {k!r} for its head; has {', '.join(state.params)}")
         votes = shares(state, arrivals, self.staleness, self.weigh)
         mean, count = average(state.params, (term for vote in votes for term in self._terms(*vote)))
-        return keep(count, mean, state.params), None
+        return keep(count(), mean, state.params), None
 
     def _terms(self, task: Task, update: Update, a: float) -> Iterable[Term]:
         values = local(task, update)

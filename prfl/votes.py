@@ -36,7 +36,8 @@ class voted:
 
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, Tree]:
         came = shares(state, arrivals, self.staleness, self.weigh)
-        mean, held = average(state.params, ((u.mask, local(t, u), a, a) for t, u, a in came))
+        mean, count = average(state.params, ((u.mask, local(t, u), a, a) for t, u, a in came))
+        held = count()
         given = {k: torch.zeros_like(v) for k, v in state.params.items()}
         for task in {id(task.mask): task for task, *_ in came}.values():
             for k in state.params:

@@ -372,3 +372,22 @@ def test_a_loaded_state_does_not_hang_on_its_file(tmp_path: Path) -> None:
     loaded = checkpoint.load(tmp_path).state
     path.write_bytes(b"")
     assert loaded.params["w"].equal(torch.arange(12.0).view(3, 4))
+
+
+def test_clients_that_share_places_share_them_after_loading(tmp_path: Path):
+    """So that a resumed run groups, and therefore rounds, as one that was not stopped."""
+    world, m = World(), method("pr_fl")
+    now = m.init(world.params, world.architecture, world.classes, 3)
+    tasks = [m.assign(now, client, np.random.default_rng(client)) for client in range(CLIENTS)]
+    arrivals = [Arrival(task, 0.0, 1.0, 10, 10, world.run(task)) for task in tasks]
+    now = m.step(now, arrivals)
+    half = now.rank.mask(0.5)
+    tasks = [replace(m.assign(now, client, np.random.default_rng(client)), mask=half) for client in (0, 3, 4)]
+    now = m.step(now, [Arrival(task, 1.0, 2.0, 10, 10, world.run(task)) for task in tasks])
+    checkpoint.save(tmp_path, now, {})
+    loaded = checkpoint.load(tmp_path).state
+    for memory in (now.merge, loaded.merge):
+        assert memory[0].at is memory[3].at is memory[4].at is not None
+        assert memory[0].at is not memory[1].at
+    again = [Arrival(task, 2.0, 3.0, 10, 10, world.run(task)) for task in tasks[:1]]
+    assert same(m.step(now, again), m.step(loaded, again))

@@ -458,6 +458,102 @@ def test_updates_that_nobody_can_use(change: Callable[[Update], Update], reason:
         Codec().decode_update(data, task, LAYOUT)
 
 
+# Delivered without being written
+
+
+def delivered(values: str, update: Update, task: Task, carry: Tree | None = None) -> tuple[Update, Tree | None]:
+    """What `deliver` makes of an update, held against writing and reading it."""
+    codec = Codec(values)
+    data, withheld = codec.encode_update(update, task, LAYOUT, carry=carry)
+    back = codec.decode_update(data, task, LAYOUT)
+    got, length, kept_back = codec.deliver(update, task, LAYOUT, carry=carry)
+    assert length == len(data)
+    assert (got.client, got.version, got.weight, got.metrics) == (back.client, back.version, back.weight, back.metrics)
+    assert same_tree(got.delta, back.delta)
+    assert list(got.delta) == list(back.delta)
+    assert (got.signal is None) == (back.signal is None)
+    assert got.signal is None or back.signal is None or same_tree(got.signal, back.signal)
+    assert (got.mask is task.mask) == (back.mask is task.mask)
+    assert same_mask(got.mask, back.mask)
+    assert (withheld is None) == (kept_back is None)
+    assert withheld is None or kept_back is None or same_tree(withheld, kept_back)
+    return got, kept_back
+
+
+@every_mask
+@pytest.mark.parametrize("values", ["float32", "float16", "int8"])
+def test_delivering_is_writing_and_reading(values: str, mask: Mask) -> None:
+    task, update = task_for(mask), update_for(mask)
+    _, carry = delivered(values, update, task)
+    delivered(values, update_for(mask, 6), task, carry)
+    delivered(values, update_for(MASKS["both"]), task)
+    delivered(values, replace(update, weight=3, metrics={}), task)
+    for scope in ("kept", "all"):
+        named = [k for k in reversed(SHAPES) if k not in ("c2.bias", "scale")]
+        signal = {k: tree(8)[k].flatten() if scope == "all" else mask.gather(k, tree(8)[k]) for k in named}
+        got, _ = delivered(values, replace(update, signal=signal), task_for(mask, Work(report="change", scope=scope)))
+        assert got.signal is not None
+        assert sorted(got.signal) == sorted(named)
+
+
+@pytest.mark.parametrize("values", ["float32", "float16", "int8"])
+def test_delivering_leaves_out_what_the_model_lacks_and_gradients(values: str) -> None:
+    task, update = task_for(DENSE), update_for(DENSE)
+    delta = {k: v.clone().requires_grad_() for k, v in reversed(update.delta.items())} | {"alien": torch.zeros(2)}
+    got, _ = delivered(values, replace(update, delta=delta), task)
+    assert list(got.delta) == list(LAYOUT.shapes)
+    assert not any(v.requires_grad for v in got.delta.values())
+
+
+def with_value(where: str, value: float) -> Callable[[Update], Update]:
+    """The last value of an entry of an update's delta or signal, set."""
+
+    def change(update: Update) -> Update:
+        broken = {k: v.clone() for k, v in getattr(update, where).items()}
+        broken["fc.weight"][-1] = value
+        return replace(update, **{where: broken})
+
+    return change
+
+
+REFUSED = [change for change, _ in REFUSED_UPDATES.values()]
+REFUSED += [with_value("delta", v) for v in (math.nan, math.inf, -math.inf, 2e6, -1e30)]
+REFUSED += [with_value("signal", v) for v in (math.nan, math.inf, 2e20, -3e38)]
+REFUSED += [lambda u: with_value("delta", math.nan)(replace(u, weight=0.0, metrics={"loss": math.nan}))]
+
+
+@pytest.mark.parametrize("values", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("change", REFUSED)
+def test_delivering_refuses_what_reading_refuses_with_the_same_text(
+    values: str, change: Callable[[Update], Update]
+) -> None:
+    task, codec = task_for(MASKS["half"], Work(report="change")), Codec(values)
+    sound = replace(update_for(task.mask), signal={"fc.weight": torch.ones(task.mask.count("fc.weight", (10, 24)))})
+    codec.deliver(sound, task, LAYOUT)
+    update = change(sound)
+    data, _ = codec.encode_update(update, task, LAYOUT)
+    with pytest.raises(Refused) as read:
+        codec.decode_update(data, task, LAYOUT)
+    with pytest.raises(Refused) as told:
+        codec.deliver(update, task, LAYOUT)
+    assert str(told.value) == str(read.value)
+
+
+@pytest.mark.parametrize("sort", ["client", "mask", "shape"])
+def test_delivering_says_what_cannot_be_written_as_writing_does(sort: str) -> None:
+    task, update = task_for(MASKS["half"]), update_for(MASKS["half"])
+    broken = {
+        "client": replace(update, client=4),
+        "mask": replace(update, mask=Mask({"alien": torch.ones(2, dtype=torch.bool)})),
+        "shape": replace(update, delta={**update.delta, "c1.bias": torch.zeros(3)}),
+    }[sort]
+    with pytest.raises(ValueError, match=r".") as written:
+        Codec().encode_update(broken, task, LAYOUT)
+    with pytest.raises(ValueError, match=r".") as told:
+        Codec().deliver(broken, task, LAYOUT)
+    assert str(told.value) == str(written.value)
+
+
 def test_messages_for_others_are_refused() -> None:
     codec, task = Codec(), task_for(MASKS["half"])
     data, _ = codec.encode_update(update_for(task.mask), task, LAYOUT)

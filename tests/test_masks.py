@@ -6,6 +6,7 @@ import gc
 from collections.abc import Mapping
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prfl.cut import Cut
-from prfl.masks import DENSE, Mask, coverage, distance, nested, prunable, union
+from prfl.masks import DENSE, Mask, coverage, distance, nested, positions, prunable, union
 from prfl.types import Group, Member, Tree
 
 laws = settings(max_examples=60, deadline=None)
@@ -266,3 +267,18 @@ def test_a_mask_knows_its_ranking_but_does_not_keep_it() -> None:
     finally:
         gc.enable()
     assert half.gather("w", params["w"]).tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000, 4099])
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.05, 0.09, 0.11, 0.5, 1.0])
+def test_positions_are_those_of_what_is_set(size: int, share: float) -> None:
+    flags = np.random.default_rng(size).random(size) < share
+    at = positions(flags)
+    assert at.dtype == np.int64
+    assert at.tolist() == [i for i, flag in enumerate(flags.tolist()) if flag]
+
+
+def test_positions_follow_rows_in_transposed_memory() -> None:
+    flags = np.zeros((40, 8), np.bool_).T
+    flags[3, 5] = flags[1, 30] = True
+    assert positions(flags).tolist() == [70, 125]

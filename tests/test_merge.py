@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prfl import merge
-from prfl.average import average, keep, local
+from prfl.average import OPEN, Term, average, keep, local
 from prfl.cache import ROWS, Cached, normalised
 from prfl.cut import Cut
 from prfl.masks import DENSE, Mask
@@ -364,8 +364,77 @@ def test_a_large_cache_is_the_average_of_its_clients(masks: str):
     merged, memory = part(state(start, part), arrivals)
     terms = [(a.update.mask, local(a.task, a.update), a.update.weight, a.update.weight) for a in arrivals]
     mean, held = average(start, terms)
-    assert close(merged, keep(held, mean, start), 1e-5)
+    assert close(merged, keep(held(), mean, start), 1e-5)
     assert {c.at is None for c in memory.values()} == {MASKS[masks][i] is DENSE for i in range(4)}
+
+
+def textbook(params: Tree, terms: Sequence[Term], over: float | None) -> tuple[Tree, Tree]:
+    """Mean and count in float64, one term after another."""
+    total = {k: torch.zeros(v.shape, dtype=torch.float64) for k, v in params.items()}
+    count = {k: torch.zeros(v.shape, dtype=torch.float64) for k, v in params.items()}
+    for mask, values, factor, share in terms:
+        for k, v in values.items():
+            held = mask.where(k, total[k].shape)
+            total[k][held] += factor * v.double()
+            count[k][held] += share
+    return {k: total[k] / (count[k].clamp_min(1e-30) if over is None else over) for k in params}, count
+
+
+SHARING = {
+    "one for all": [bits(1)],
+    "dense": [DENSE],
+    "tiers": [bits(1, 0.2), bits(1, 0.5), DENSE],
+    "channels and weights": [channels([0, 2]), bits(2), channels([0, 2])],
+    "more than are open at once": [bits(i, 0.1 + 0.04 * i) for i in range(2 * OPEN + 3)],
+}
+
+
+@pytest.mark.parametrize("over", [None, 7.5])
+@pytest.mark.parametrize("masks", SHARING)
+def test_terms_that_share_masks_are_summed_as_one_by_one(masks: str, over: float | None):
+    start, apart = tree(0), SHARING[masks]
+    terms: list[Term] = []
+    for i in range(3 * len(apart)):
+        mask = apart[i % len(apart)]
+        names = list(SHAPES)[i % 2 :]  # not all name every entry
+        terms.append((mask, {k: mask.gather(k, tree(i)[k]) for k in names}, 0.5 + i, 1.0 + i % 4))
+    before = [{k: v.clone() for k, v in values.items()} for _, values, _, _ in terms]
+    mean, count = average(start, iter(terms), over)
+    expected, held = textbook(start, terms, over)
+    assert close({k: v.double() for k, v in mean.items()}, expected)
+    assert close({k: v.double() for k, v in count().items()}, held)
+    for k, v in mean.items():
+        nobody = held[k] == 0
+        assert torch.equal(torch.signbit(v[nobody]), torch.ones_like(nobody[nobody]))
+        assert not v[nobody].any()
+    assert all(same(values, b) for (_, values, _, _), b in zip(terms, before, strict=True))
+    regrouped, _ = average(start, sorted(terms, key=lambda term: apart.index(term[0])), over)
+    assert len(apart) > OPEN or same(regrouped, mean)
+
+
+@pytest.mark.parametrize("masks", SHARING)
+@pytest.mark.parametrize("name", PARTS)
+def test_order_does_not_matter_to_the_bit_where_masks_are_shared(name: str, masks: str):
+    part, start, apart = PARTS[name], tree(0), SHARING[masks]
+    arrivals = batch_of(start, [apart[i % len(apart)] for i in range(2 * len(apart) + 1)])
+    before = state(start, part, version=2)
+    merged, _ = part(before, arrivals)
+    for order in (np.random.default_rng(1).permutation(len(arrivals)), range(len(arrivals) - 1, -1, -1)):
+        assert same(merged, part(before, [arrivals[i] for i in order])[0])
+
+
+def test_clients_with_the_same_places_share_them_in_the_cache():
+    """Whatever mask they come from, and from one merge to the next."""
+    part, start = merge.buff_mask_fed_avg(), tree(0)
+    by_weight = Mask({k: channels([0, 2]).where(k, torch.Size(s)) for k, s in SHAPES.items() if k != "fc.bias"})
+    first, memory = part(state(start, part), batch_of(start, [channels([0, 2]), by_weight, bits(1), DENSE]))
+    assert memory[0].at is memory[1].at is not None
+    assert memory[3].at is None
+    later = [arrival(first, tree(20), m, client=4 + i, version=1) for i, m in enumerate((channels([0, 2]), bits(1)))]
+    _, memory = part(replace(state(first, part, version=1), merge=memory), later)
+    assert memory[4].at is memory[0].at
+    assert memory[5].at is memory[2].at
+    assert len({id(c.at) for c in memory.values()}) == 3
 
 
 @pytest.mark.parametrize("name", ["buff_mask_fed_avg", "buff_fed_avg"])
