@@ -73,9 +73,9 @@ _PACKS: WeakKeyDictionary[Mask, dict[str, Pack]] = WeakKeyDictionary()  # what f
 def worth(outputs: int, inputs: int, density: float, batch: int) -> bool:
     """Whether sparse products are quicker than dense ones: as `bench/sparse.py` found, no matter what runs beside.
 
-    From a tenth downwards, where a dense product has ten million multiply-adds.
+    From about a tenth downwards, where a dense product has ten million multiply-adds.
     """
-    return density <= 0.1 and inputs * outputs * batch >= 10_000_000
+    return density <= 0.11 and inputs * outputs * batch >= 10_000_000
 
 
 def packs(net: nn.Module, task: Task, device: torch.device) -> Mapping[str, Pack]:

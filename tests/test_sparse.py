@@ -173,7 +173,7 @@ def test_nothing_kept() -> None:
 
 def test_the_switch() -> None:
     assert worth(512, 3136, 0.1, 20)
-    assert not worth(512, 3136, 0.11, 20)
+    assert not worth(512, 3136, 0.12, 20)
     assert worth(200, 784, 0.1, 100)
     assert not worth(200, 784, 0.01, 20)
     assert not worth(64, 784, 0.01, 100)
