@@ -81,11 +81,12 @@ def worth(outputs: int, inputs: int, density: float, batch: int) -> bool:
 def packs(net: nn.Module, task: Task, device: torch.device) -> Mapping[str, Pack]:
     """The layers of the network to train packed, by the name of their weights.
 
-    None unless `Work.sparse` asks for it; none where the work needs gradients of weights that are not held or moves the
-    mask, where channels are cut, and on a GPU.
+    None unless `Work.sparse` asks for it; none where the work asks for gradients or moves the mask, where channels are
+    cut, on a GPU, and where torch comes without MKL (on ARM): that was not measured.
     """
     work, mask = task.work, task.mask
-    if not work.sparse or device != CPU or mask.channels or not _fixed(work):
+    able: bool = device == CPU and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if not work.sparse or not able or mask.channels or not _fixed(work):
         return {}
     uses = Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))
     found = {}

@@ -18,6 +18,11 @@ from prfl.masks import Mask
 from prfl.samples import Samples
 from prfl.types import Group, Member, Task, Tree, Update, Work
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
+    pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch comes without MKL here"),
+]
+
 INPUTS, HIDDEN = 28 * 28, (800, 200)
 WORKS = {
     "plain": Work(steps=6, lr=0.1),
