@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clients import personal, regrow, statistics
+from clients import personal, regrow, sparse, statistics
 from clients.accelerator import CPU
 from clients.descent import descent
 from clients.shrink import shrink, sliced_bits
@@ -55,9 +55,11 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
     losses: list[Tensor] = []
     hits: list[Tensor] = []
     total: list[Tensor] | None = None
-    with _borrowed(net, start, task, device) as local, _scaled(net, task):
+    packs = sparse.packs(net, task, device)
+    with _borrowed(net, start, task, device) as local, _scaled(net, task), sparse.packed(net, held, packs):
         weights = {k: p for k, p in net.named_parameters() if p.requires_grad}
-        shut = {k: torch.empty_like(weights[k].data).copy_(v) for k, v in held.bits.items() if k in weights}
+        bits = {k: v for k, v in held.bits.items() if k in weights and k not in packs}
+        shut = {k: torch.empty_like(weights[k].data).copy_(v) for k, v in bits.items()}
         descend = descent(work, [p.data for p in weights.values()], [shut.get(k) for k in weights])
         for step, (at, narrow) in enumerate(zip(plan, drawn(task, model, net, len(plan)), strict=True), 1):
             x, y = (v.to(device) for v in samples.batch(at))
@@ -83,7 +85,12 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
             hits.append(logits.detach().argmax(1) == y)
             if work.patience and not work.steps and _weary(losses, plan, work):
                 break
-        delta = {k: held.gather(k, v.data.cpu() - start[k]) for k, v in local.items()}
+        delta = {
+            k: packs[k].kept(weights[k].data) - held.gather(k, start[k])
+            if k in packs
+            else held.gather(k, v.data.cpu() - start[k])
+            for k, v in local.items()
+        }
     means = torch.stack(losses).tolist()
     check(means, delta, work)
     metrics = told(means, [len(h) for h in hits], int(torch.cat(hits).sum()))
