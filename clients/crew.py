@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from clients import stacked
-from clients.train import train
 from prfl.samples import Samples
 from prfl.types import Task, Update
 
@@ -24,14 +23,14 @@ def attempt(train: Callable[[Task], Update], task: Task) -> Update | Exception:
 
 
 class Crew:
-    """Trains tasks of one model: what `clients.train.train` makes of each, to the bit.
+    """Trains tasks of one model: what `train` makes of each, to the bit; it trains as `clients.train` does, on the CPU.
 
     Whether stacked training comes to the same is a matter of the processor's library, so the first tasks of every kind
     are trained both ways; where a bit differs, that kind is trained one by one from then on.
     """
 
-    def __init__(self, model: nn.Module, samples: Callable[[int], Samples]):
-        self._model, self._samples = model, samples
+    def __init__(self, model: nn.Module, samples: Callable[[int], Samples], train: Callable[[Task], Update]):
+        self._model, self._samples, self._train = model, samples, train
         self._exact: dict[Hashable, bool] = {}
 
     def __call__(self, tasks: Sequence[Task]) -> list[Update | Exception]:
@@ -60,9 +59,6 @@ class Crew:
         if not all(len(self._samples(task.client)) for task in tasks):
             return None
         return tuple(mask.shape(k, v.shape) for k, v in params.items()), bool(mask.bits), work
-
-    def _train(self, task: Task) -> Update:
-        return train(task, self._model, self._samples(task.client))
 
 
 def _alike(tasks: Sequence[Task]) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ class Local:
         self.params: Tree = models.values(given.model)
         self._clients = len(given.parts)
         self._samples: Callable[[int], Samples] = lru_cache(maxsize=256)(given.samples)
-        self._crew = Crew(given.model, self.samples)
+        self._crew = Crew(given.model, self.samples, self.train)
 
     @staticmethod
     def of(experiment: Experiment, folder: Path | None = None, own: bool = False, device: str = "cpu") -> Local:

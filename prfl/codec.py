@@ -101,10 +101,10 @@ class Codec:
         data = seal(UPDATE, layout, *sections)
         if self.lossless:
             return data, None
-        mask, (scales, *codes) = update.mask, map(np.asarray, sections[3][1:])
-        withheld = {}
-        for (k, shape), v, scale, code in zip(layout.shapes.items(), delta, scales.tolist(), codes, strict=True):
-            lost = torch.from_numpy(code).float().mul_(-scale).add_(v)
+        mask, (_, scales, *codes), withheld = update.mask, sections[3], {}
+        factors = np.asarray(scales).tolist()
+        for (k, shape), v, scale, code in zip(layout.shapes.items(), delta, factors, codes, strict=True):
+            lost = torch.as_tensor(code).float().mul_(-scale).add_(v)
             if not isfinite(lost.sum().item()):  # NaN and Inf are no fault of the rounding
                 lost.nan_to_num_(0, 0, 0)
             before = torch.zeros(shape) if carry is None else carry[k]

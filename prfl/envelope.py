@@ -17,7 +17,7 @@ from prfl.bitstream import Layout, Reader, Refused
 from prfl.types import Tree
 
 Values = Literal["float32", "float16", "int8"]
-Part = bytes | memoryview
+Part = bytes | memoryview | Tensor  # a tensor stands for its values as they lie in memory
 KINDS = ("a task", "an update", "an increment")
 TASK, UPDATE, INCREMENT = range(3)
 
@@ -31,8 +31,9 @@ _LARGEST = torch.finfo(torch.float32).max
 
 def seal(kind: int, layout: Layout, *sections: Sequence[Part]) -> bytes:
     """Head, lengths, sections, CRC-32: every part is copied once. All numbers are little-endian."""
-    sizes = Struct(f"<{len(sections)}Q").pack(*(sum(memoryview(p).nbytes for p in s) for s in sections))
-    parts = [_HEAD.pack(_MAGIC, _FORMAT, kind, layout.checksum), sizes, *chain.from_iterable(sections)]
+    sizes = Struct(f"<{len(sections)}Q").pack(*map(_size, sections))
+    head = [_HEAD.pack(_MAGIC, _FORMAT, kind, layout.checksum), sizes]
+    parts = head + [p.numpy().data if isinstance(p, Tensor) else p for p in chain.from_iterable(sections)]
     check = 0
     for part in parts:
         check = crc32(part, check)
@@ -41,7 +42,12 @@ def seal(kind: int, layout: Layout, *sections: Sequence[Part]) -> bytes:
 
 def sealed(*sections: Sequence[Part]) -> int:
     """The length of what `seal` makes of these sections."""
-    return _HEAD.size + 8 * len(sections) + sum(memoryview(p).nbytes for s in sections for p in s) + _CRC.size
+    return _HEAD.size + 8 * len(sections) + sum(map(_size, sections)) + _CRC.size
+
+
+def _size(section: Sequence[Part]) -> int:
+    """Bytes."""
+    return sum(len(p) if isinstance(p, bytes) else p.nbytes for p in section)
 
 
 def unseal(data: bytes, kind: int, layout: Layout, sections: int) -> list[Reader]:
@@ -72,13 +78,13 @@ def seal_values(values: Values, tensors: Iterable[Tensor], seed: Sequence[int]) 
     """1-D float32 tensors as their type, a float32 scale by tensor unless exact, and their codes in one row."""
     code = bytes([get_args(Values).index(values)])
     if values == "float32":
-        return [code, *(t.numpy().data for t in tensors)]
+        return [code, *tensors]
     if values == "float16":
         pairs = [_halve(t) for t in tensors]
     else:
         rng = np.random.default_rng(seed)
         pairs = [_quantise(t, rng) for t in tensors]
-    return [code, np.array([s for s, _ in pairs], np.float32).data, *(c.numpy().data for _, c in pairs)]
+    return [code, np.array([s for s, _ in pairs], np.float32).data, *(c for _, c in pairs)]
 
 
 def open_values(

@@ -29,7 +29,9 @@ class Samples:
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The samples at `index` (int64) as (x - mean) / std, float32, and their labels."""
         mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (self.x[index] - mean) / std, self.y[index]
+        rows = self.x.index_select(0, index.flatten())  # whole rows are copied; indexing goes value by value
+        x = rows.to(torch.float32, copy=rows.dtype == torch.float32).sub_(mean).div_(std)
+        return x.view(*index.shape, *self.x.shape[1:]), self.y[index]
 
     def subset(self, index: Tensor) -> Samples:
         """The samples at `index` (int64), in its order."""

@@ -11,7 +11,8 @@ from clients import accelerator, local
 from prfl.config import ConfigError
 from prfl.problem import Problem
 from prfl.types import Task, Update
-from sim.actors import Ray, check
+from sim.actors import Ray
+from sim.cluster import check
 from sim.workers import Run, Serial, Workers
 
 Pool = Callable[[Problem], Workers]

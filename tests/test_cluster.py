@@ -16,8 +16,8 @@ from world import PACINGS, World, method
 import prfl
 from prfl.config import ConfigError
 from prfl.store import model_sha256
-from sim import actors
 from sim.actors import Ray
+from sim.cluster import check
 from sim.workers import Serial, Workers
 from strategies.server import serve
 
@@ -81,7 +81,7 @@ def test_an_address_without_a_cluster_is_one_line(web: str) -> None:
         (web, "what listens there is something else"),
     ):
         with pytest.raises(ConfigError, match=said) as line:
-            actors.check(address)
+            check(address)
         assert "\n" not in str(line.value)
 
 

@@ -654,12 +654,12 @@ def bombs() -> list[tuple[Layout, bytes]]:
     model = {"w": torch.zeros(100, 100), "b": torch.zeros(100)}
     layout = Layout.of(model)
     work, fields_ = json.dumps(WORK).encode(), struct.pack("<QQQd", 1, 1, 1, 1.0)
-    value = b"".join(bytes(p) for p in seal_values("float32", [torch.zeros(1)], (0,)))
+    value = seal_values("float32", [torch.zeros(1)], (0,))
     huge = [b"\1\0" + struct.pack("<BIBI", 4, n, k, m) for n, k, m in [(2**32 - 1, 0, 2**32 - 1), (5000, 1, 2**31)]]
     out = [
-        seal(TASK, layout, [fields_], [work], [mask], [value]) for mask in (*huge, b"\1\0\1", b"\1\2\xff\xff\xff\xff\1")
+        seal(TASK, layout, [fields_], [work], [mask], value) for mask in (*huge, b"\1\0\1", b"\1\2\xff\xff\xff\xff\1")
     ]
-    plain = seal(TASK, layout, [fields_], [work], [b"\0"], [value])
+    plain = seal(TASK, layout, [fields_], [work], [b"\0"], value)
     for at in range(16, 48, 8):
         out += [fixed(plain[:at] + struct.pack("<Q", n) + plain[at + 8 :]) for n in (2**64 - 1, 2**40, 2**31)]
     return [(layout, data) for data in out]

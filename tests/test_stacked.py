@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -64,6 +64,10 @@ def check_same(one: Update | Exception, other: Update | Exception) -> None:
     assert all(torch.equal(v, other.delta[k]) for k, v in one.delta.items())
 
 
+def crew_of(samples: Callable[[int], Samples]) -> Crew:
+    return Crew(MODEL, samples, lambda task: train(task, MODEL, samples(task.client)))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("work", WORKS)
 def test_stacked_is_alone_but_for_rounding(work: str, mask: str) -> None:
@@ -80,7 +84,7 @@ def test_stacked_is_alone_but_for_rounding(work: str, mask: str) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("work", WORKS)
 def test_a_crew_trains_what_each_would_alone_to_the_bit(work: str, mask: str) -> None:
-    some, crew = tasks(WORKS[work], MASKS[mask]), Crew(MODEL, data)
+    some, crew = tasks(WORKS[work], MASKS[mask]), crew_of(data)
     for _ in range(2):  # the first time it looks whether stacking is exact, then it relies on it
         for ours, want in zip(crew(some), singly(some), strict=True):
             check_same(ours, want)
@@ -99,7 +103,7 @@ def test_different_tasks_find_their_places_again() -> None:
         for mask in MASKS.values()
         for task in tasks(work, mask, range(STACK + 3))
     ][::-1]
-    crew = Crew(MODEL, data)
+    crew = crew_of(data)
     crew(mixed)
     for ours, task in zip(crew(mixed), mixed, strict=True):
         check_same(ours, train(task, MODEL, data(task.client)))
@@ -113,7 +117,7 @@ def test_one_client_diverges_and_the_others_do_not() -> None:
             else replace(data(client), x=data(client).x.float())
         )
 
-    some, crew = tasks(WORKS["epoch"]), Crew(MODEL, wild)
+    some, crew = tasks(WORKS["epoch"]), crew_of(wild)
     for _ in range(2):
         ended = crew(some)
         assert [isinstance(u, Diverged) for u in ended] == [c == 2 for c in range(8)]
@@ -125,7 +129,7 @@ def test_a_client_without_samples_fails_alone() -> None:
     def some(client: int) -> Samples:
         return data(client).subset(torch.arange(0)) if client == 1 else data(client)
 
-    ended = Crew(MODEL, some)(tasks(WORKS["epoch"]))
+    ended = crew_of(some)(tasks(WORKS["epoch"]))
     assert str(ended[1]) == "client 1 has no samples to train on"
     assert sum(isinstance(u, Update) for u in ended) == 7
 
