@@ -25,7 +25,7 @@ demo: $(READY) ## PR-FL on a hundred simulated devices
 	$(BIN)/prfl run
 
 test: $(READY) ## the tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## style, types and the direction of imports
 	$(BIN)/ruff check .
