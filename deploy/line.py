@@ -66,7 +66,8 @@ class Line:
                 pause = min(1.5 * pause, 10 * THERE)
             return found
 
-        return dict(zip(notice.objects, self.pool.map(one, notice.objects, chunksize=1), strict=True))
+        first, *others = notice.objects  # none of the others is asked for before there is any of it
+        return {first: one(first)} | dict(zip(others, self.pool.map(one, others, chunksize=1), strict=True))
 
     def deliver(self, node: int, parcel: Parcel, seconds: float) -> int:
         """Bytes of the reply. It counts once, however often it must be tried; 0: it is not wanted any more."""

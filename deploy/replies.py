@@ -64,7 +64,8 @@ class Prompt(Grid):
         """None: some of it is still on its way."""
         if len(coming.notice.objects) > OBJECTS + self._largest / 2**20:
             raise ValueError(f"the reply is in {len(coming.notice.objects)} pieces")
-        while missing := [name for name in coming.notice.objects if name not in coming.contents][:AT_ONCE]:
+        while missing := [name for name in coming.notice.objects if name not in coming.contents]:
+            missing = missing[: AT_ONCE if coming.contents else 1]  # the first tells whether there is any of it
             found = self._pool.map(partial(desk.fetch, coming.notice), missing, chunksize=1)
             coming.contents |= {k: v for k, v in zip(missing, found, strict=True) if v is not None}
             if sum(map(len, coming.contents.values())) > self._largest:

@@ -14,7 +14,7 @@ from prfl.types import Architecture
 
 Scalar = int | float | str | bool | bytes
 NAME, CONFIG = "prfl", "config"
-SHORT = 1 << 20  # bytes that lie in the config itself; only an array is cut into pieces on its way
+SHORT = 8 << 20  # bytes that lie in the config itself: an array takes three objects more, and is cut into pieces
 LABEL = ("uint8", "prfl.raw")  # type and encoding that the array says it has
 LONGEST = 200  # characters of a reason
 DIED, RAISED = 0, 2  # Flower's codes of error replies: the client's process ended; the client raised an exception

@@ -86,6 +86,7 @@ class GridTransport:
         self._retired: set[int] = set()  # clients
         self._ask_at: dict[int, float] = {}  # node -> when it may be asked again who it is
         self._nodes: dict[int, int] = {}  # client -> node
+        self._idle: list[int] = []  # as of the latest look
         self.classes: dict[int, str] = {}
         self._inbox: list[Arrival] = []
 
@@ -109,7 +110,8 @@ class GridTransport:
         here = set(self._grid.get_node_ids())
         self._ask_newcomers(here)
         taken = self._retired | {s.task.client for s in self._sent.values()} | {a.task.client for a in self._waiting()}
-        return sorted(c for c, node in self._nodes.items() if node in here and c not in taken)
+        self._idle = sorted(c for c, node in self._nodes.items() if node in here and c not in taken)
+        return self._idle
 
     def busy(self) -> int:
         return sum(not sent.late for sent in self._sent.values()) + len(self._waiting())
@@ -129,7 +131,7 @@ class GridTransport:
         With nothing under way: None as soon as a client can be asked, or after the timeout.
         """
         began = looked = self.now()
-        before = self.idle()
+        before = self._idle
         while not self._inbox:
             if self._pull():
                 continue
