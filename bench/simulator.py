@@ -16,6 +16,8 @@ import json
 import multiprocessing as mp
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,6 +184,13 @@ def started(pool: Pool) -> float:
         return time.perf_counter() - began
 
 
+def imported() -> float:
+    """Seconds that a new Python takes to import torch, which every worker has to."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return time.perf_counter() - began
+
+
 def row(name: str, pairs: Sequence[Sequence[float]]) -> Row:
     """A line of the table: medians of both sides, and of their ratio with its extremes."""
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
@@ -201,7 +210,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[Row] = []
     with pools.kept(Place(PROCESSES)) as pool:
-        print(f"start-up of the pool: {started(pool):.1f} s\n")
+        start, least = started(pool), imported()
+        print(f"start-up of the pool: {start:.1f} s, {start / least:.1f} times an import of torch ({least:.1f} s)\n")
         print(f"{'':28}{'these/s':>10}{'those/s':>10}{'ratio':>8}{'lowest':>8}{'highest':>8}")
         for name in args.works:
             job = JOBS[name]
@@ -213,7 +223,8 @@ def main() -> None:
             runs = [[prfl(job, given, pool, args.rounds, kind) for kind in kinds] for _ in range(args.repeats)]
             rows.append(row("conv2: PR-FL at 0.3, FedAvg", runs))
     if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "cores": os.cpu_count(), "rows": rows}, indent=1))
+        about = {"torch": torch.__version__, "cores": os.cpu_count(), "start": start, "import": least}
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
