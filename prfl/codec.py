@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prfl.bitstream import Layout, Reader, Refused, decode_mask, decode_set, digest, encode_mask, encode_set, name_mask
-from prfl.envelope import TASK, UPDATE, Part, Values, look, open_values, seal, seal_values, sealed, unseal
+from prfl.envelope import TASK, UPDATE, Part, Values, look, open_values, raw, seal, seal_values, sealed, unseal
 from prfl.masks import Mask
 from prfl.types import Task, Tree, Update, Work
 
@@ -144,14 +144,14 @@ class Codec:
             data, withheld = self.encode_update(update, task, layout, carry=carry)
             return self.decode_update(data, task, layout), len(data), withheld
         moves, sections = self._laid_out(update, task, layout, None)
-        scores, signal = _object(Reader(memoryview(sections[1][0])), "metrics"), update.signal
+        scores, signal = _object(Reader(raw(sections[1][0])), "metrics"), update.signal
         _accept(update.weight, scores)
         delta = dict(zip(layout.shapes, moves, strict=True))
         look(delta, "", FARTHEST)
         if signal is not None:
             signal = {k: signal[k].detach().contiguous() for k in layout.shapes if k in signal}
             look(signal, "signal ", LOUDEST)
-        mask = decode_mask(Reader(memoryview(sections[2][0])), layout) if sections[2] else task.mask
+        mask = decode_mask(Reader(raw(sections[2][0])), layout) if sections[2] else task.mask
         weight = float(update.weight)
         return Update(task.client, task.version, delta, mask, weight, scores, signal), sealed(*sections), None
 

@@ -33,7 +33,7 @@ def seal(kind: int, layout: Layout, *sections: Sequence[Part]) -> bytes:
     """Head, lengths, sections, CRC-32: every part is copied once. All numbers are little-endian."""
     sizes = Struct(f"<{len(sections)}Q").pack(*map(_size, sections))
     head = [_HEAD.pack(_MAGIC, _FORMAT, kind, layout.checksum), sizes]
-    parts = head + [p.numpy().data if isinstance(p, Tensor) else p for p in chain.from_iterable(sections)]
+    parts = head + [raw(p) for p in chain.from_iterable(sections)]
     check = 0
     for part in parts:
         check = crc32(part, check)
@@ -43,6 +43,11 @@ def seal(kind: int, layout: Layout, *sections: Sequence[Part]) -> bytes:
 def sealed(*sections: Sequence[Part]) -> int:
     """The length of what `seal` makes of these sections."""
     return _HEAD.size + 8 * len(sections) + sum(map(_size, sections)) + _CRC.size
+
+
+def raw(part: Part) -> memoryview:
+    """Its bytes, not copied."""
+    return part.numpy().data if isinstance(part, Tensor) else memoryview(part)
 
 
 def _size(section: Sequence[Part]) -> int:
