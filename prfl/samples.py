@@ -30,7 +30,7 @@ class Samples:
         """The samples at `index` (int64) as (x - mean) / std, float32, and their labels."""
         mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
         rows = self.x.index_select(0, index.flatten())  # whole rows are copied; indexing goes value by value
-        x = rows.to(torch.float32, copy=rows.dtype == torch.float32).sub_(mean).div_(std)
+        x = rows.float().sub_(mean).div_(std)
         return x.view(*index.shape, *self.x.shape[1:]), self.y[index]
 
     def subset(self, index: Tensor) -> Samples:
