@@ -180,6 +180,8 @@ class Noise:
 
     def apply(self, samples: Samples, client: int, clients: int, classes: int, seed: int) -> Samples:
         """The client's samples with its noise; depends on nothing but the arguments."""
+        if not self.labels and not self.features:
+            return samples
         level = (client + 1) / clients if self.grow else 1.0
         rng = np.random.default_rng([seed, client])
         at = torch.from_numpy(rng.permutation(len(samples)))[: round(self.labels * level * len(samples))]

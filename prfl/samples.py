@@ -29,13 +29,14 @@ class Samples:
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The samples at `index` (int64) as (x - mean) / std, float32, and their labels."""
         mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
-        rows = self.x.index_select(0, index.flatten())  # whole rows are copied; indexing goes value by value
-        x = rows.float().sub_(mean).div_(std)
-        return x.view(*index.shape, *self.x.shape[1:]), self.y[index]
+        rows = self.subset(index.flatten())
+        x = rows.x.float().sub_(mean).div_(std)
+        return x.view(*index.shape, *x.shape[1:]), rows.y.view(index.shape)
 
     def subset(self, index: Tensor) -> Samples:
         """The samples at `index` (int64), in its order."""
-        return replace(self, x=self.x[index], y=self.y[index])
+        x, y = (v.index_select(0, index) for v in (self.x, self.y))  # copies whole rows; indexing goes value by value
+        return Samples(x, y, self.mean, self.std)
 
 
 @dataclass(frozen=True, eq=False)
