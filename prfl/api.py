@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from sim.compare import Outcome
     from sim.pools import Place
 
-Workers = str | int
-"""Where clients train: "ray" (an actor a core), so many Ray actors, or "serial" (in this process).
+Workers = str | int | None
+"""Where clients train: in "processes" of this machine, one a core, on "ray", an actor a CPU, or "serial", in this one.
 
+None, or how many there should be: processes, but actors on Ray where a cluster is joined or GPUs are shared out.
 `ray_address`: HOST:PORT of a Ray cluster that runs already, or "auto" for this machine's; None: one of our own.
 `device`: what they train on, "cpu" or "cuda"; `gpus`: with cuda, the share of a GPU that each actor takes.
 """
@@ -58,7 +59,7 @@ def run(
     changes: Mapping[str, Any] | None = None,
     *,
     out: str | Path | None = None,
-    workers: Workers = "ray",
+    workers: Workers = None,
     ray_address: str | None = None,
     device: str = "cpu",
     gpus: float = 1.0,
@@ -87,7 +88,7 @@ def compare(
     methods: Sequence[Spec],
     seeds: Sequence[int] = (1, 2, 3),
     out: str | Path | None = None,
-    workers: Workers = "ray",
+    workers: Workers = None,
     ray_address: str | None = None,
     device: str = "cpu",
     gpus: float = 1.0,
@@ -172,13 +173,12 @@ def _yaml(value: Any) -> str:
 
 
 def _place(workers: Workers, address: str | None, device: str, gpus: float) -> Place:
-    from sim.pools import Place
+    from sim import pools
 
-    if workers in ("serial", "ray"):
-        return Place(None if workers == "serial" else 0, address, device, gpus)
-    if type(workers) is int and workers > 0:
-        return Place(workers, address, device, gpus)
-    raise ConfigError(f'workers: "ray", "serial" or a number of Ray actors, got {workers!r}')
+    if workers is None or isinstance(workers, str):
+        return pools.place(workers, 0, address, device, gpus)
+    count = workers if type(workers) is int and workers > 0 else -1
+    return pools.place(None, count, address, device, gpus)
 
 
 def _path(folder: str | Path | None) -> Path | None:

@@ -32,8 +32,11 @@ TARGETS = Annotated[
     str, typer.Option(metavar="A,A,...", help="Accuracies whose cost is told; default: from the curves.")
 ]
 N = TypeVar("N", int, float)
-WORKERS = Annotated[Literal["ray", "serial"], typer.Option(help="Where clients train.")]
-NUM_WORKERS = Annotated[int, typer.Option(min=0, metavar="N", help="Ray actors; 0: one a core, of the whole cluster.")]
+WORKERS = Annotated[
+    Literal["processes", "ray", "serial"] | None,
+    typer.Option(help="Where clients train; default: in processes of this machine, on Ray for a cluster or with cuda."),
+]
+NUM_WORKERS = Annotated[int, typer.Option(min=0, metavar="N", help="So many; 0: one a core, of the whole cluster.")]
 RAY_ADDRESS = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="Of a Ray cluster that runs already, or auto for this machine's."),
@@ -53,7 +56,7 @@ def _prfl() -> None:
 def run(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[EXPERIMENT] [KEY=VALUE]...")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder; default: a new one in runs/.")] = None,
-    workers: WORKERS = "ray",
+    workers: WORKERS = None,
     num_workers: NUM_WORKERS = 0,
     ray_address: RAY_ADDRESS = None,
     device: DEVICE = "cpu",
@@ -93,7 +96,7 @@ def run(
     from sim import pools  # torch comes with them, after the first line
     from sim.run import simulate
 
-    place = pools.Place(None if workers == "serial" else num_workers, ray_address, device, gpus_per_worker)
+    place = pools.place(workers, num_workers, ray_address, device, gpus_per_worker)
     place.check()
     with told, live.Watch(title, experiment.stop.versions, console) as watch:
         result = simulate(experiment, folder, pool=place, data_dir=data_dir, watch=_both(watch, told))
@@ -168,7 +171,7 @@ def compare(
     methods: Annotated[str, typer.Option(metavar="A,B,...", help="Methods to run; without it, finished RUNs.")] = "",
     seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Of the runs.")] = "1,2,3",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Runs and report; default: in runs/.")] = None,
-    workers: WORKERS = "ray",
+    workers: WORKERS = None,
     num_workers: NUM_WORKERS = 0,
     ray_address: RAY_ADDRESS = None,
     device: DEVICE = "cpu",
@@ -198,9 +201,7 @@ def compare(
     folder = comparing.place(experiment, out)
     todo = comparing.jobs(experiment, comparing.specs(methods), _numbers("seeds", seeds, int), folder, usual_pacing)
     print(f"{len(todo)} runs: {folder}", flush=True)
-    with pools.kept(
-        pools.Place(None if workers == "serial" else num_workers, ray_address, device, gpus_per_worker)
-    ) as pool:
+    with pools.kept(pools.place(workers, num_workers, ray_address, device, gpus_per_worker)) as pool:
         ended = []
         for outcome in comparing.run(todo, pool, data_dir):
             ended.append(outcome)

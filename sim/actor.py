@@ -1,10 +1,10 @@
-"""A Ray actor that trains; how tasks go to it and results come back: tensors by reference, unless they are small."""
+"""An actor that trains; how tasks go to it and results come back: tensors by reference, unless they are small."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from time import perf_counter
@@ -29,7 +29,7 @@ class Small:
 
 @dataclass(frozen=True)
 class Order:
-    """A task as it goes to an actor: tensors by reference into the object store, unless they are small."""
+    """A task as it goes to an actor: tensors by reference, unless they are small."""
 
     job: int
     client: int
@@ -50,27 +50,25 @@ class Result:
 
 
 class Actor:
-    """Holds model and data; params and masks are read from the object store once per version and ranking."""
+    """Holds model and data; params and masks are read once per version and ranking."""
 
-    def __init__(self, make: tuple[Any], path: list[str]):
-        """`path`: where the driver finds modules. `make` comes in a tuple, or Ray would read it before that is set."""
+    def __init__(self, fetch: Callable[[Any], Any], make: tuple[Any], path: list[str]):
+        """`fetch` reads references. `path`: where the driver finds modules.
+
+        `make` comes in a tuple, or Ray would read it before the path is set.
+        """
         sys.path += [place for place in path if place not in sys.path]
         torch.set_num_threads(1)
         memory.hold()
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        self._fetch = fetch
         self.turn(make)
-        self._params = lru_cache(maxsize=8)(lambda ref: tree_in(_fetched(ref)))
-        self._mask = lru_cache(maxsize=64)(lambda ref: mask_in(_fetched(ref)))
+        self._params = lru_cache(maxsize=8)(lambda ref: tree_in(self._read(ref)))
+        self._mask = lru_cache(maxsize=64)(lambda ref: mask_in(self._read(ref)))
 
     def turn(self, make: tuple[Any]) -> None:
         """To another training."""
-        self._run = _fetched(*make)()
-
-    def where(self) -> str:
-        """The node that it runs on, once it runs."""
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())
+        self._run = self._read(*make)()
 
     def train(self, orders: list[Order]) -> tuple[list[Result], float]:
         """The results, and the seconds it took."""
@@ -82,6 +80,9 @@ class Actor:
         done = [_result(o.job, task, u) for o, task, u in zip(orders, tasks, self._run(tasks), strict=True)]
         return done, perf_counter() - began
 
+    def _read(self, ref: Any) -> Any:
+        return ref.value if isinstance(ref, Small) else self._fetch(ref)
+
 
 def _result(job: int, task: Task, ended: Update | Exception) -> Result:
     try:
@@ -91,12 +92,6 @@ def _result(job: int, task: Task, ended: Update | Exception) -> Result:
     signal = None if u.signal is None else tree_out(u.signal)
     own = None if u.mask is task.mask else mask_out(u.mask)
     return Result(job, (u.weight, dict(u.metrics), tree_out(u.delta), signal), own)
-
-
-def _fetched(ref: Any) -> Any:
-    import ray
-
-    return ref.value if isinstance(ref, Small) else ray.get(ref)
 
 
 def tree_out(tree: Tree) -> dict[str, np.ndarray]:

@@ -1,19 +1,17 @@
-"""Workers on a pool of Ray actors, on this machine or a cluster."""
+"""Workers on a pool of actors: processes of this machine, or on Ray."""
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from math import ceil, inf
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from prfl.masks import Mask
 from prfl.types import Task, Tree, Update
-from sim.actor import Actor, Order, Result, Small, mask_in, mask_out, tree_in, tree_out
-from sim.cluster import places, started
+from sim.actor import Order, Result, Small, mask_in, mask_out, tree_in, tree_out
 from sim.workers import TRIES, Failed, Run
 from strategies.server import Stalled
 
@@ -22,22 +20,53 @@ SPAN, MOST = 0.1, 64  # seconds that a batch of tasks should take, and tasks of 
 SMALL = 2**16  # bytes of tensors that are cheaper sent with every batch than stored: storing takes a millisecond
 
 
-class Ray:
-    """A pool of Ray actors of one thread each, spread over the nodes.
+class Died(RuntimeError):
+    """An actor's death is all that became of a call. final: it could not start, and no other could."""
+
+    def __init__(self, reason: str, final: bool = False):
+        super().__init__(reason, final)
+        self.reason, self.final = reason, final
+
+
+class Backend(Protocol):
+    """Where `sim.actor.Actor`s live. `places`: how many of them there should be."""
+
+    places: int
+
+    def put(self, value: Any) -> Any:
+        """A reference that actors read."""
+
+    def hire(self, make: Any) -> tuple[Any, Any]:
+        """A new actor for the training behind this reference, and the call that ends when it is up: with its node."""
+
+    def call(self, actor: Any, method: str, *args: Any) -> Any: ...
+
+    def wait(self, calls: Sequence[Any], timeout: float | None) -> Any | None:
+        """One of the calls that has ended; None if time runs out before."""
+
+    def get(self, call: Any) -> Any:
+        """What the call came to. Raises Died."""
+
+    def kill(self, actor: Any) -> None: ...
+
+    def room(self) -> str:
+        """Why no actor comes up."""
+
+    def close(self) -> None: ...
+
+
+class Actors:
+    """A pool of actors of one thread each.
 
     Tasks go out when a result is asked for, in batches of `SPAN` seconds: small ones do not pay a call each, and may be
     trained at once. A dead actor is replaced and its tasks run again elsewhere, with the same result; one that finds no
-    place, as after the death of a node, gets no task until there is one. `nodes[actor]`: the Ray node of each that is
-    at work. `make` goes into the object store, with all that it holds; every actor calls it once, for its training.
-    workers: 0 for one a CPU. address: of a Ray cluster, None for one of our own. gpus: the share of a GPU that each
-    takes. Raises ConfigError.
+    place, as after the death of a node, gets no task until there is one. `nodes[actor]`: the node of each that is at
+    work. `make` goes to the actors with all that it holds; every one calls it once, for its training.
     """
 
-    def __init__(self, make: Callable[[], Run], workers: int = 0, address: str | None = None, gpus: float = 0.0):
-        self._ray, self._own = started(workers, address)
-        self._make = self._ray.put(make)
-        options = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")
-        self._class, self._numbers = options(Actor), count()
+    def __init__(self, backend: Backend, make: Callable[[], Run]):
+        self._backend, self._numbers = backend, count()
+        self._make = backend.put(make)
         self._actors: dict[int, Any] = {}
         self._coming: dict[Any, tuple[int, Any]] = {}  # call -> actor that has not come up yet
         self._stillborn = 0  # actors in a row that died before they came up
@@ -50,22 +79,22 @@ class Ray:
         self._deaths: dict[int, int] = {}
         self._params: OrderedDict[int, tuple[Tree, Any]] = OrderedDict()
         self._masks: WeakKeyDictionary[Mask, Any] = WeakKeyDictionary()
-        for _ in range(workers or places(self._ray, gpus)):
+        for _ in range(backend.places):
             self._hire()
 
     def turn(self, make: Callable[[], Run]) -> None:
         """Go over to another training, with the same actors; what is under way is forgotten."""
         self.forget()
-        self._make = self._ray.put(make)
-        turned = {n: actor.turn.remote((self._make,)) for n, actor in self._actors.items()}
+        self._make = self._backend.put(make)
+        turned = {n: self._backend.call(actor, "turn", (self._make,)) for n, actor in self._actors.items()}
         for n, call in turned.items():
             try:
-                self._ray.get(call)
-            except self._ray.exceptions.RayActorError:
+                self._backend.get(call)
+            except Died:
                 self._replace(n, [])
         waiting, self._coming = self._coming, {}
         for _, actor in waiting.values():
-            self._ray.kill(actor)
+            self._backend.kill(actor)
             self._hire()
 
     def forget(self) -> None:
@@ -100,9 +129,8 @@ class Ray:
 
     def close(self) -> None:
         for actor in [*self._actors.values(), *(actor for _, actor in self._coming.values())]:
-            self._ray.kill(actor)
-        if self._own:
-            self._ray.shutdown()
+            self._backend.kill(actor)
+        self._backend.close()
 
     def _dispatch(self) -> None:
         while self._queue and self._actors:
@@ -115,45 +143,43 @@ class Ray:
             room = 2 * len([*self._actors, *self._coming]) - len(self._out)
             size = max(1, min(ceil(len(self._queue) / room), int(SPAN / self._pace), MOST))
             orders = [self._queue.popleft() for _ in range(size)]
-            self._out[self._actors[idlest].train.remote(orders)] = (idlest, orders)
+            self._out[self._backend.call(self._actors[idlest], "train", orders)] = (idlest, orders)
 
     def _collect(self) -> None:
         self._dispatch()
-        some = bool(self._actors)
-        ready, _ = self._ray.wait([*self._out, *self._coming], num_returns=1, timeout=None if some else PATIENCE)
-        if not ready:
-            free, all = (
-                found.get("CPU", 0) for found in (self._ray.available_resources(), self._ray.cluster_resources())
-            )
-            raise Stalled(
-                f"no worker found a place in {PATIENCE:.0f} s; of the Ray cluster's {all:g} CPUs {free:g} are free"
-            )
-        for call in ready:
-            if call in self._coming:
-                self._arrived(call)
-                continue
-            actor, orders = self._out.pop(call)
-            try:
-                results, seconds = self._ray.get(call)
-                self._pace = seconds / len(results) if self._pace == inf else (self._pace + seconds / len(results)) / 2
-                self._done.update({result.job: result for result in results if result.job in self._tasks})
-            except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError):
-                self._replace(actor, orders)
+        call = self._backend.wait([*self._out, *self._coming], None if self._actors else PATIENCE)
+        if call is None:
+            raise Stalled(f"no worker found a place in {PATIENCE:.0f} s; {self._backend.room()}")
+        if call in self._coming:
+            self._arrived(call)
+        else:
+            self._returned(*self._out.pop(call), call)
         self._dispatch()
 
+    def _returned(self, actor: int, orders: list[Order], call: Any) -> None:
+        """A batch has come back, or its actor has died of it."""
+        try:
+            results, seconds = self._backend.get(call)
+        except Died:
+            self._replace(actor, orders)
+            return
+        self._pace = seconds / len(results) if self._pace == inf else (self._pace + seconds / len(results)) / 2
+        self._done.update({result.job: result for result in results if result.job in self._tasks})
+
     def _hire(self) -> None:
-        actor = self._class.remote((self._make,), sys.path)
-        self._coming[actor.where.remote()] = next(self._numbers), actor
+        actor, up = self._backend.hire(self._make)
+        self._coming[up] = next(self._numbers), actor
 
     def _arrived(self, call: Any) -> None:
         """An actor has come up, or has died before."""
         number, actor = self._coming.pop(call)
         try:
-            self.nodes[number] = self._ray.get(call)
-        except self._ray.exceptions.RayActorError as death:
+            self.nodes[number] = self._backend.get(call)
+        except Died as death:
             self._stillborn += 1
-            if death.actor_init_failed or self._stillborn >= TRIES:  # the next one would fare no better
-                raise Stalled(f"a worker could not start: {str(death).strip().splitlines()[-1]}") from death
+            if death.final or self._stillborn >= TRIES:
+                raise Stalled(f"a worker could not start: {death.reason}") from death
+            self._backend.kill(actor)
             self._hire()
         else:
             self._actors[number], self._stillborn = actor, 0
@@ -161,7 +187,7 @@ class Ray:
     def _replace(self, actor: int, orders: list[Order]) -> None:
         if actor in self._actors:
             del self.nodes[actor]
-            self._ray.kill(self._actors.pop(actor))  # it may be only out of reach
+            self._backend.kill(self._actors.pop(actor))  # it may be only out of reach
             self._hire()
         lost = [(call, o) for call, (n, o) in self._out.items() if n == actor]
         for call, more in lost:
@@ -188,4 +214,4 @@ class Ray:
 
     def _stored(self, value: Any, bulk: Tree) -> Any:
         small = sum(v.nbytes for v in bulk.values()) <= SMALL
-        return Small(next(self._numbers), value) if small else self._ray.put(value)
+        return Small(next(self._numbers), value) if small else self._backend.put(value)

@@ -1,19 +1,84 @@
-"""The Ray that actors run on: one of our own, or a cluster that runs already."""
+"""Actors on Ray: one of our own on this machine, or a cluster that runs already."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from prfl.config import ConfigError
+from sim.actor import Actor
+from sim.actors import Died
 
 INLINE = 2**22  # bytes of a result that comes with its call: a way through the object store takes milliseconds more
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # the empty frame that opens HTTP/2, both ways
+
+
+class Cluster:
+    """`sim.actors.Backend` on Ray, its actors spread over the nodes; references lead into Ray's object store.
+
+    workers: 0 for one a CPU. address: of a Ray cluster, None for one of our own. gpus: the share of a GPU that each
+    takes. Raises ConfigError.
+    """
+
+    def __init__(self, workers: int = 0, address: str | None = None, gpus: float = 0.0):
+        self._ray, self._own = started(workers, address)
+        self.places = workers or places(self._ray, gpus)
+        options = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")
+        self._class = options(Actor)
+
+    def put(self, value: Any) -> Any:
+        return self._ray.put(value)
+
+    def hire(self, make: Any) -> tuple[Any, Any]:
+        actor = self._class.remote(fetched, (make,), sys.path)
+        return actor, actor.__ray_call__.remote(node)
+
+    def call(self, actor: Any, method: str, *args: Any) -> Any:
+        return getattr(actor, method).remote(*args)
+
+    def wait(self, calls: Sequence[Any], timeout: float | None) -> Any | None:
+        ready, _ = self._ray.wait(calls, num_returns=1, timeout=timeout)
+        return ready[0] if ready else None
+
+    def get(self, call: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(call)
+        except (errors.RayActorError, errors.ObjectLostError) as death:
+            final = isinstance(death, errors.RayActorError) and death.actor_init_failed
+            raise Died(str(death).strip().splitlines()[-1], final) from death
+
+    def kill(self, actor: Any) -> None:
+        self._ray.kill(actor)
+
+    def room(self) -> str:
+        free, every = self._ray.available_resources(), self._ray.cluster_resources()
+        return f"of the Ray cluster's {every.get('CPU', 0):g} CPUs {free.get('CPU', 0):g} are free"
+
+    def close(self) -> None:
+        if self._own:
+            self._ray.shutdown()
+
+
+def fetched(ref: Any) -> Any:
+    """What a reference leads to."""
+    import ray
+
+    return ray.get(ref)
+
+
+def node(actor: Any) -> str:
+    """The Ray node that this actor runs on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def started(workers: int, address: str | None) -> tuple[Any, bool]:

@@ -11,8 +11,9 @@ from clients import accelerator, local
 from prfl.config import ConfigError
 from prfl.problem import Problem
 from prfl.types import Task, Update
-from sim.actors import Ray
-from sim.cluster import check
+from sim.actors import Actors
+from sim.cluster import Cluster, check
+from sim.processes import Processes
 from sim.workers import Run, Serial, Workers
 
 Pool = Callable[[Problem], Workers]
@@ -21,20 +22,25 @@ Pool = Callable[[Problem], Workers]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run trains, itself a pool. workers: Ray actors, 0 for one a CPU, None for none: in this process.
+    """Where a run trains, itself a pool. workers: actors, 0 for one a CPU, None for none: in this process.
 
-    address: of a Ray cluster that runs already; None: one of our own. device: what each trains on, cpu, cuda or cuda:N;
-    gpus: with cuda, the share of a GPU that each actor takes. Raises ConfigError for what does not go together.
+    ray: whether they live on Ray or in processes of this machine, which start in a third of the time; None: on Ray
+    where GPUs are shared out or a cluster is joined. address: of a Ray cluster that runs already; None: one of our own.
+    device: what each trains on, cpu, cuda or cuda:N; gpus: with cuda on Ray, the share of a GPU that each actor takes.
+    Raises ConfigError for what does not go together.
     """
 
     workers: int | None = None
     address: str | None = None
     device: str = "cpu"
     gpus: float = 1.0
+    ray: bool | None = None
 
     def __post_init__(self) -> None:
         if self.workers is None and self.address:
             raise ConfigError("a Ray address is of no use to serial workers, which train in this process")
+        if self.ray is False and self.address:
+            raise ConfigError("a Ray address is of no use to workers that are processes of this machine")
         if not 0 < self.gpus <= 1:
             raise ConfigError(f"a worker takes a share of one GPU, above 0 and at most 1; got {self.gpus:g}")
 
@@ -48,11 +54,22 @@ class Place:
         else:
             accelerator.found(self.device)
 
-    def actors(self, given: Problem) -> Ray:
-        """Ray actors for this problem."""
+    def actors(self, given: Problem) -> Actors:
+        """Actors for this problem."""
         self.check()
-        share = 0.0 if self.device == "cpu" else self.gpus
-        return Ray(partial(trainer, given, self.device), self.workers or 0, self.address, share)
+        on_ray = bool(self.address) or self.device != "cpu" if self.ray is None else self.ray
+        share, workers = 0.0 if self.device == "cpu" else self.gpus, self.workers or 0
+        backend = Cluster(workers, self.address, share) if on_ray else Processes(workers)
+        return Actors(backend, partial(trainer, given, self.device))
+
+
+def place(kind: str | None, workers: int, address: str | None, device: str, gpus: float) -> Place:
+    """What the doors ask for. kind: "processes", "ray", "serial" or None, for what suits. Raises ConfigError."""
+    if kind == "serial":
+        return Place(None, address, device, gpus)
+    if kind not in ("processes", "ray", None) or workers < 0:
+        raise ConfigError(f'workers: "processes", "ray", "serial" or a number of them above 0, got {kind or workers!r}')
+    return Place(workers, address, device, gpus, None if kind is None else kind == "ray")
 
 
 def trainer(given: Problem, device: str = "cpu") -> Run:
@@ -62,7 +79,7 @@ def trainer(given: Problem, device: str = "cpu") -> Run:
 
 @contextmanager
 def kept(place: Place) -> Iterator[Pool]:
-    """A pool for run after run, one at a time: Ray actors start once. Raises ConfigError, as `Place.check`."""
+    """A pool for run after run, one at a time: actors start once. Raises ConfigError, as `Place.check`."""
     place.check()
     if place.workers is None:
         yield place
@@ -72,26 +89,26 @@ def kept(place: Place) -> Iterator[Pool]:
 
 
 class _Kept:
-    """Ray actors that start once, and get data only when it is another's."""
+    """Actors that start once, and get data only when it is another's."""
 
     def __init__(self, place: Place):
         self._place = place
-        self._ray: Ray | None = None
+        self._actors: Actors | None = None
         self._given: Problem | None = None
 
     def __call__(self, given: Problem) -> Workers:
-        if self._ray is None:
-            self._ray = self._place.actors(given)
+        if self._actors is None:
+            self._actors = self._place.actors(given)
         elif given is self._given:
-            self._ray.forget()
+            self._actors.forget()
         else:
-            self._ray.turn(partial(trainer, given, self._place.device))
+            self._actors.turn(partial(trainer, given, self._place.device))
         self._given = given
-        return _Lent(self._ray)
+        return _Lent(self._actors)
 
     def close(self) -> None:
-        if self._ray is not None:
-            self._ray.close()
+        if self._actors is not None:
+            self._actors.close()
 
 
 class _Lent:

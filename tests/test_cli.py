@@ -118,7 +118,7 @@ MISTAKES = {
     "negative rate": (["work.lr=-1"], "work: lr must be above 0"),
     "a name that is a path": (["name=../../x"], "name: String should match"),
     "unknown option": (["--wrokers", "serial"], "'--wrokers'"),
-    "bad choice of workers": (["--workers", "many"], "'many' is not one of 'ray', 'serial'"),
+    "bad choice of workers": (["--workers", "many"], "'many' is not one of 'processes', 'ray', 'serial'"),
     "bad number of workers": (["--num-workers", "-1"], "-1"),
 }
 
@@ -245,7 +245,9 @@ QUICK = ("model={name: mlp, hidden: [8]}", "work={steps: 2}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [("serial",), ("ray", "--num-workers", "2")], ids=lambda w: w[0])
+@pytest.mark.parametrize(
+    "workers", [("serial",), ("processes", "--num-workers", "2"), ("ray", "--num-workers", "2")], ids=lambda w: w[0]
+)
 def test_ctrl_c_leaves_a_whole_run_and_no_noise(workers: Sequence[str], tmp_path: Path) -> None:
     process = started("run", "--workers", *workers, *QUICK, *LONG)
     os.killpg(process.pid, signal.SIGINT)

@@ -16,8 +16,8 @@ from world import PACINGS, World, method
 import prfl
 from prfl.config import ConfigError
 from prfl.store import model_sha256
-from sim.actors import Ray
-from sim.cluster import check
+from sim.actors import Actors
+from sim.cluster import Cluster, check
 from sim.workers import Serial, Workers
 from strategies.server import serve
 
@@ -61,7 +61,7 @@ def test_a_node_dies_in_the_middle_and_the_result_is_the_same() -> None:
 
     want = played(Serial(make()))
     with cluster.cluster() as (address, other):
-        pool = Ray(make, address=address)
+        pool = Actors(Cluster(address=address), make)
         try:
             while len(pool.nodes) < 2:
                 pool._collect()
@@ -94,6 +94,7 @@ def test_an_address_without_a_cluster_is_one_line(web: str) -> None:
         (["--device", "tpu"], "device: no 'tpu'; have cpu, cuda, cuda:N"),
         (["--device", "cuda", "--gpus-per-worker", "2"], "a share of one GPU"),
         (["--ray-address", "auto", "--workers", "serial"], "serial workers"),
+        (["--ray-address", "auto", "--workers", "processes"], "processes of this machine"),
     ],
 )
 def test_the_command_says_what_is_wrong_with_it(
@@ -109,5 +110,8 @@ def test_the_command_says_what_is_wrong_with_it(
 def test_from_python_too() -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         prfl.run("default", {"data.clients": 4}, ray_address="here")
+    for workers in ("many", 0, -1, True, 1.5):
+        with pytest.raises(ConfigError, match='"processes", "ray", "serial" or a number'):
+            prfl.run("default", workers=workers)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="serial"):
         prfl.run("default", workers="serial", ray_address="auto")

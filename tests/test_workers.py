@@ -1,23 +1,32 @@
-"""Workers: Ray's results are those of this process to the bit, whatever dies underneath."""
+"""Workers: results of processes and of Ray are those of this process to the bit, whatever dies underneath."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from world import CLIENTS, PACINGS, World, method
 
+from prfl import models
+from prfl.masks import DENSE
 from prfl.partition import Noise
 from prfl.problem import Problem
-from prfl.samples import Dataset
+from prfl.samples import Dataset, Samples
 from prfl.store import model_sha256
-from prfl.types import Task, Update
+from prfl.types import Task, Update, Work
 from sim import pools
-from sim.actors import Ray
+from sim.actors import Actors, Backend
+from sim.cluster import Cluster
+from sim.processes import Processes, Stored
 from sim.workers import Failed, Run, Serial, Workers, singly
 from strategies.pacing import sync
 from strategies.server import Stalled, serve
@@ -30,6 +39,14 @@ def cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(params=["processes", "ray"])
+def backend(request: pytest.FixtureRequest) -> Callable[[int], Backend]:
+    if request.param == "processes":
+        return Processes
+    request.getfixturevalue("cluster")
+    return Cluster
 
 
 def make(fatal: str = "") -> Run:
@@ -48,8 +65,14 @@ def make(fatal: str = "") -> Run:
     return singly(run)
 
 
+def once(workers: Workers, name: str, pacing: str = "buffered", versions: int = 6) -> tuple[str, list[str]]:
+    """What `played` tells, by workers that end with it."""
+    with closing(workers):
+        return played(workers, name, pacing, versions)
+
+
 def played(workers: Workers, name: str, pacing: str = "buffered", versions: int = 6) -> tuple[str, list[str]]:
-    """Model hash and reasons of what was not used."""
+    """Model hash and reasons of what was not used; the workers may play again."""
     world, m, reasons = World(), method(name), list[str]()
     state = serve(
         m,
@@ -59,55 +82,64 @@ def played(workers: Workers, name: str, pacing: str = "buffered", versions: int 
         stop=lambda s, now: s.version >= versions,
         log=lambda e: reasons.append(e["reason"]) if e.get("reason") else None,
     )
-    workers.close()
     return model_sha256(state.params), reasons
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "small"), [("pr_fl", 0), ("heterofl", 0), ("pr_fl", 2**16)])
-def test_ray_agrees_with_serial(cluster: None, monkeypatch: pytest.MonkeyPatch, name: str, small: int) -> None:
-    """Whether tensors travel through the object store or with the tasks."""
-    monkeypatch.setattr("sim.actors.SMALL", small)
-    want = played(Serial(make()), name)
-    for workers in (1, 2, 4):  # there is no place for more than two
-        assert played(Ray(make, workers), name) == want
+def _own() -> tuple[Dataset, Samples, list[Tensor], Noise, int]:
+    """All of a problem but its model."""
+    every = World().all
+    parts = [torch.arange(24 * c, 24 * c + 24) for c in range(CLIENTS)]
+    return Dataset("own", every, every, 3), every, parts, Noise(), 0
 
 
 @pytest.mark.slow
-def test_tasks_given_up_do_not_confuse_the_pool(cluster: None) -> None:
-    assert played(Ray(make, 2), "fedavg", "over") == played(Serial(make()), "fedavg", "over")
+@pytest.mark.parametrize("workers", [1, 4])  # on Ray there is no place for more than two
+def test_actors_agree_with_serial(
+    backend: Callable[[int], Backend], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they did before, and whether tensors are stored or travel with the tasks."""
+    with closing(Actors(backend(workers), make)) as pool:
+        for name, small in (("pr_fl", 0), ("heterofl", 0), ("pr_fl", 2**16)):
+            monkeypatch.setattr("sim.actors.SMALL", small)
+            pool.forget()
+            assert played(pool, name) == played(Serial(make()), name)
 
 
 @pytest.mark.slow
-def test_a_dead_worker_s_tasks_run_elsewhere_with_the_same_result(cluster: None, tmp_path: Path) -> None:
+def test_tasks_given_up_do_not_confuse_the_pool(backend: Callable[[int], Backend]) -> None:
+    assert once(Actors(backend(2), make), "fedavg", "over") == played(Serial(make()), "fedavg", "over")
+
+
+@pytest.mark.slow
+def test_a_dead_worker_s_tasks_run_elsewhere_with_the_same_result(
+    backend: Callable[[int], Backend], tmp_path: Path
+) -> None:
     want = played(Serial(make()), "pr_fl", "sync")
-    assert played(Ray(partial(make, str(tmp_path)), 2), "pr_fl", "sync") == want
+    assert once(Actors(backend(2), partial(make, str(tmp_path))), "pr_fl", "sync") == want
     assert (tmp_path / "died").exists()
 
 
 @pytest.mark.slow
-def test_a_task_that_kills_every_worker_fails_and_the_run_goes_on(cluster: None) -> None:
-    _, reasons = played(Ray(partial(make, "always"), 2), "fedavg", "sync", versions=1)
+def test_a_task_that_kills_every_worker_fails_and_the_run_goes_on(backend: Callable[[int], Backend]) -> None:
+    _, reasons = once(Actors(backend(2), partial(make, "always")), "fedavg", "sync", versions=1)
     assert reasons == ["3 workers died of this task"]
 
 
 @pytest.mark.slow
-def test_actors_take_the_problem_as_it_is_here(cluster: None) -> None:
+def test_actors_take_the_problem_as_it_is_here(backend: Callable[[int], Backend]) -> None:
     """No data set of this kind can be loaded anywhere."""
-    world = World()
-    parts = [torch.arange(24 * c, 24 * c + 24) for c in range(CLIENTS)]
-    problem = Problem(world.model, Dataset("own", world.all, world.all, 3), world.all, parts, Noise(), seed=0)
-    workers = pools.Place(2)(problem)
-    assert played(workers, "pr_fl") == played(pools.Place()(problem), "pr_fl")
+    problem = Problem(World().model, *_own())
+    workers = pools.Place(2, ray=backend is Cluster)(problem)
+    assert once(workers, "pr_fl") == played(pools.Place()(problem), "pr_fl")
 
 
 @pytest.mark.slow
-def test_a_worker_that_can_not_start_ends_the_run_with_its_reason(cluster: None) -> None:
+def test_a_worker_that_can_not_start_ends_the_run_with_its_reason(backend: Callable[[int], Backend]) -> None:
     def broken() -> Callable[[Task], Update]:
         raise ValueError("no data here")
 
     with pytest.raises(Stalled, match=r"^a worker could not start: ValueError: no data here$"):
-        played(Ray(broken, 1), "fedavg")
+        once(Actors(backend(1), broken), "fedavg")
 
 
 @pytest.mark.slow
@@ -119,9 +151,79 @@ def test_a_pool_that_finds_no_place_ends_the_run(cluster: None, monkeypatch: pyt
     ray.get(taken.ready())
     try:
         with pytest.raises(Stalled, match=r"^no worker found a place in 1 s; of the Ray cluster's 2 CPUs 0 are free$"):
-            played(Ray(make, 2), "fedavg")
+            once(Actors(Cluster(2), make), "fedavg")
     finally:
         ray.util.remove_placement_group(taken)
+
+
+def test_a_process_that_can_not_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(Stalled, match=r"^a worker could not start: its process ended with code 1$"):
+        once(Actors(Processes(2), make), "fedavg")
+
+
+@pytest.mark.slow
+def test_neither_side_of_a_pipe_waits_for_the_other_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orders and answers of megabytes, both under way at once."""
+    monkeypatch.setattr("sim.actors.SMALL", 2**30)
+    given = Problem(models.build("mlp", (1, 4, 4), 3, seed=0, options={"hidden": [4000]}), *_own())
+    params = models.values(given.model)
+    tasks = [Task(i % CLIENTS, 0, {k: v + i for k, v in params.items()}, DENSE, Work(steps=1), i) for i in range(60)]
+    pool = Actors(Processes(1), partial(pools.trainer, given))
+    with closing(pool):
+        for i, task in enumerate(tasks):
+            pool.submit(i, task)
+        moved = [pool.result(i) for i in range(60)]
+    assert [u.client for u in moved] == [t.client for t in tasks]
+
+
+def test_what_is_stored_is_shared_until_somebody_writes() -> None:
+    with closing(Processes(1)) as backend:
+        value = {"view": torch.arange(10**6)[:3], "half": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0)}
+        stored = backend.put(value)
+        assert Path(stored.path).stat().st_size < 10_000  # no more of it than is seen
+        one, other = stored.read(), Stored(stored.path).read()
+        one["view"][0] = 7
+        assert other["view"].tolist() == [0, 1, 2]
+        assert one["half"].tolist() == [1, 1]
+        assert one["none"].shape == (0,)
+        path = Path(stored.path)
+        del stored
+        assert not path.exists()  # who has read it keeps it
+        assert one["view"].tolist() == [7, 1, 2]
+    assert not path.parent.exists()
+
+
+LONELY = """
+import os, time
+from test_workers import make
+from sim.actors import Actors
+from sim.processes import Processes
+backend = Processes(2)
+pool = Actors(backend, make)
+while len(pool.nodes) < 2:
+    pool._collect()
+print(backend._folder.name, *(actor.process.pid for actor in pool._actors.values()), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_run_that_was_killed() -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    driver = subprocess.Popen(
+        [sys.executable, "-c", LONELY], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert driver.stdout is not None
+    folder, *workers = driver.stdout.readline().decode().split()
+    assert len(workers) == 2
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    until = time.monotonic() + 60
+    while Path(folder).exists() or any(Path("/proc", pid).exists() for pid in workers):
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_serial_trains_only_what_is_asked_for() -> None:
