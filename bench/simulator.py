@@ -1,12 +1,13 @@
-"""Client-rounds per second of `prfl run` on Ray, as a ratio to a plain PyTorch loop on two processes, side by side.
+"""Client-rounds per second of `prfl run`, as a ratio to a plain PyTorch loop on two processes, side by side.
 
-    python bench/simulator.py [--works mlp conv2] [--rounds 20] [--repeats 3] [--json FILE]
+    python bench/simulator.py [--works mlp conv2] [--rounds 20] [--repeats 3] [--ray] [--json FILE]
 
 FedAvg, SGD, learning rate 0.05, batch 20, one local epoch of 100 samples of 28x28 a client. The plain loop is what one
 would write by hand: a model, `torch.optim.SGD` and two processes, one thread each, that add their clients up, so that
 one model a process and round travels. Start-up and the first rounds are left out on both sides. The prfl side encodes,
 checks, clocks and logs every client. The last table is PR-FL with channel masks of 0.1 to 0.6, 0.3 on average, against
-prfl's own dense FedAvg, both of Conv2 in rounds of ten. Start-up: from nothing to the first result of a Ray worker.
+prfl's own dense FedAvg, both of Conv2 in rounds of ten. Start-up: from nothing to the first result
+of a worker.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def problem(job: Job) -> Problem:
     name, *_ = job.model.values()
     options = {k: v for k, v in job.model.items() if k != "name"}
     model = models.build(str(name), (1, 28, 28), 10, seed=0, options=options)
-    parts = torch.arange(size).split(SAMPLES)
+    parts = [part.clone() for part in torch.arange(size).split(SAMPLES)]
     return Problem(model, Dataset("random", train, few, 10), few, parts, partition.Noise(), 0)
 
 
@@ -205,11 +206,12 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3, help="of every side, one after the other in turns")
+    parser.add_argument("--ray", action="store_true", help="workers on Ray, not processes")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
-    with pools.kept(Place(PROCESSES)) as pool:
+    with pools.kept(Place(PROCESSES, ray=args.ray)) as pool:
         start, least = started(pool), imported()
         print(f"start-up of the pool: {start:.1f} s, {start / least:.1f} times an import of torch ({least:.1f} s)\n")
         print(f"{'':28}{'these/s':>10}{'those/s':>10}{'ratio':>8}{'lowest':>8}{'highest':>8}")
@@ -223,7 +225,7 @@ def main() -> None:
             runs = [[prfl(job, given, pool, args.rounds, kind) for kind in kinds] for _ in range(args.repeats)]
             rows.append(row("conv2: PR-FL at 0.3, FedAvg", runs))
     if args.json:
-        about = {"torch": torch.__version__, "cores": os.cpu_count(), "start": start, "import": least}
+        about = {"torch": torch.__version__, "cores": os.cpu_count(), "ray": args.ray, "start": start, "import": least}
         args.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -65,6 +66,7 @@ class Actor:
         self.turn(make)
         self._params = lru_cache(maxsize=8)(lambda ref: tree_in(self._read(ref)))
         self._mask = lru_cache(maxsize=64)(lambda ref: mask_in(self._read(ref)))
+        gc.freeze()  # what is here by now stays: looking through it again takes a third of a second
 
     def turn(self, make: tuple[Any]) -> None:
         """To another training."""
