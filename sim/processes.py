@@ -74,27 +74,25 @@ class Processes:
 
     def __init__(self, places: int = 0):
         self.places = places or os.cpu_count() or 1
-        self._folder = TemporaryDirectory(prefix="prfl-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None)
+        roots = [str(MEMORY), None] if os.access(MEMORY, os.W_OK) else [None]
+        self._folders = [TemporaryDirectory(prefix="prfl-", dir=root) for root in roots]
         self._names = count()
 
     def put(self, value: Any) -> Stored:
-        """Kept as long as somebody here holds what is returned."""
+        """Kept as long as somebody here holds what is returned; on disk where memory for files is full."""
         head, buffers = _packed(value)
-        path = Path(self._folder.name) / str(next(self._names))
-        with path.open("wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for at, buffer in zip(_starts(len(head), [len(b) for b in buffers]), buffers, strict=True):
-                file.seek(at)
-                file.write(buffer)
-            file.truncate(max(file.tell(), 1))
-        stored = Stored(str(path))
-        finalize(stored, path.unlink, missing_ok=True)
-        return stored
+        *first, last = (Path(folder.name) / str(next(self._names)) for folder in self._folders)
+        for path in first:  # in a container there may be very little
+            try:
+                return _kept(path, head, buffers)
+            except OSError:
+                path.unlink(missing_ok=True)
+        return _kept(last, head, buffers)
 
     def hire(self, make: Stored) -> tuple[_Actor, _Call]:
         here, there = socketpair()
         code = "from sim.processes import work; work()"
-        command = [sys.executable, "-c", code, str(there.fileno()), self._folder.name]
+        command = [sys.executable, "-c", code, str(there.fileno()), *(folder.name for folder in self._folders)]
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         process = subprocess.Popen(
             command, process_group=0, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -140,7 +138,8 @@ class Processes:
         return "its process does not start"
 
     def close(self) -> None:
-        self._folder.cleanup()
+        for folder in self._folders:
+            folder.cleanup()
 
 
 def work() -> None:
@@ -171,7 +170,8 @@ def _listen(pipe: Connection, calls: SimpleQueue[tuple[bytes, Buffers]]) -> None
         while True:
             calls.put(_taken(pipe))
     except (EOFError, OSError):  # nobody is left to clear up
-        rmtree(sys.argv[2], ignore_errors=True)
+        for folder in sys.argv[2:]:
+            rmtree(folder, ignore_errors=True)
         os._exit(0)
 
 
@@ -209,6 +209,18 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if plain and obj.device.type == "cpu" and obj.dtype is not torch.bfloat16:  # of which numpy knows nothing
             return torch.from_numpy, (obj.numpy(),)
         return super().reducer_override(obj)
+
+
+def _kept(path: Path, head: bytes, buffers: Buffers) -> Stored:
+    """A file of this, which goes when the reference does."""
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for at, buffer in zip(_starts(len(head), [len(b) for b in buffers]), buffers, strict=True):
+            file.seek(at)
+            file.write(buffer)
+    stored = Stored(str(path))
+    finalize(stored, path.unlink, missing_ok=True)
+    return stored
 
 
 def _starts(head: int, sizes: Sequence[int]) -> list[int]:

@@ -194,6 +194,22 @@ def test_what_is_stored_is_shared_until_somebody_writes() -> None:
     assert not path.parent.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a file system takes root")
+def test_what_memory_for_files_is_too_small_for_lies_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MB are usual in a container."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=True)
+    try:
+        monkeypatch.setattr("sim.processes.MEMORY", tmp_path)
+        with closing(Processes(1)) as backend:
+            small, large = backend.put(torch.ones(10)), backend.put(torch.ones(10**5))
+            assert Path(small.path).is_relative_to(tmp_path)
+            assert not Path(large.path).is_relative_to(tmp_path)
+            assert large.read().sum() == 10**5
+            assert backend.put(torch.ones(10)).path.startswith(str(tmp_path))  # nothing is left of what did not fit
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
 LONELY = """
 import os, time
 from test_workers import make
@@ -203,7 +219,8 @@ backend = Processes(2)
 pool = Actors(backend, make)
 while len(pool.nodes) < 2:
     pool._collect()
-print(backend._folder.name, *(actor.process.pid for actor in pool._actors.values()), flush=True)
+print(len(backend._folders), *(f.name for f in backend._folders), flush=True, end=' ')
+print(*(actor.process.pid for actor in pool._actors.values()), flush=True)
 time.sleep(600)
 """
 
@@ -215,13 +232,15 @@ def test_nothing_is_left_of_a_run_that_was_killed() -> None:
         [sys.executable, "-c", LONELY], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
     )
     assert driver.stdout is not None
-    folder, *workers = driver.stdout.readline().decode().split()
+    count, *found = driver.stdout.readline().decode().split()
+    folders, workers = found[: int(count)], found[int(count) :]
     assert len(workers) == 2
+    assert all(map(os.path.isdir, folders))
     driver.kill()
     driver.wait()
     driver.stdout.close()
     until = time.monotonic() + 60
-    while Path(folder).exists() or any(Path("/proc", pid).exists() for pid in workers):
+    while any(map(os.path.exists, folders)) or any(Path("/proc", pid).exists() for pid in workers):
         assert time.monotonic() < until
         time.sleep(0.05)
 
