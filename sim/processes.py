@@ -24,6 +24,7 @@ from typing import Any
 from weakref import finalize
 
 import cloudpickle
+import joblib
 import numpy as np
 import torch
 
@@ -73,7 +74,7 @@ class Processes:
     """
 
     def __init__(self, places: int = 0):
-        self.places = places or os.cpu_count() or 1
+        self.places = places or joblib.cpu_count()  # of a container, those that it may use
         roots = [str(MEMORY), None] if os.access(MEMORY, os.W_OK) else [None]
         self._folders = [TemporaryDirectory(prefix="prfl-", dir=root) for root in roots]
         self._names = count()
