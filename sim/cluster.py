@@ -15,6 +15,7 @@ import torch
 from prfl.config import ConfigError
 from sim.actor import Actor
 from sim.actors import Died
+from sim.workers import cores
 
 INLINE = 2**22  # bytes of a result that comes with its call: a way through the object store takes milliseconds more
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # the empty frame that opens HTTP/2, both ways
@@ -102,7 +103,7 @@ def started(workers: int, address: str | None) -> tuple[Any, bool]:
         else:
             ray.init(
                 "local",
-                num_cpus=workers or os.cpu_count() or 1,
+                num_cpus=workers or cores(),
                 num_gpus=torch.cuda.device_count(),
                 include_dashboard=False,
                 _system_config={"max_direct_call_object_size": INLINE},

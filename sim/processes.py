@@ -24,12 +24,12 @@ from typing import Any
 from weakref import finalize
 
 import cloudpickle
-import joblib
 import numpy as np
 import torch
 
 from sim.actor import Actor
 from sim.actors import Died
+from sim.workers import cores
 
 MEMORY = Path("/dev/shm")
 ALIGNED = 64  # bytes: where arrays begin in a file
@@ -74,7 +74,7 @@ class Processes:
     """
 
     def __init__(self, places: int = 0):
-        self.places = places or joblib.cpu_count()  # of a container, those that it may use
+        self.places = places or cores()
         roots = [str(MEMORY), None] if os.access(MEMORY, os.W_OK) else [None]
         self._folders = [TemporaryDirectory(prefix="prfl-", dir=root) for root in roots]
         self._names = count()

@@ -14,6 +14,13 @@ Run = Callable[[Sequence[Task]], Sequence[Update | Exception]]
 TRIES = 3  # workers a task may cost before it counts as failed
 
 
+def cores() -> int:
+    """Those that this process may use, in a container too."""
+    from joblib import cpu_count
+
+    return int(cpu_count())
+
+
 class Failed(RuntimeError):
     """A task came to nothing; the message is the one-line reason."""
 
