@@ -175,14 +175,11 @@ def local(model: nn.Module, x: Tensor, y: Tensor) -> None:
         sgd.step()
 
 
-def started(pool: Pool) -> float:
-    """Seconds to the first result of one worker."""
-    given = problem(JOBS["mlp"])
-    began = time.perf_counter()
-    with closing(pool(given)) as first:
-        first.submit(0, Task(0, 0, models.values(given.model), DENSE, Work(steps=1), seed=0))
-        first.result(0)
-        return time.perf_counter() - began
+def first(pool: Pool, given: Problem) -> None:
+    """A first result."""
+    with closing(pool(given)) as lent:
+        lent.submit(0, Task(0, 0, models.values(given.model), DENSE, Work(steps=1), seed=0))
+        lent.result(0)
 
 
 def imported() -> float:
@@ -211,8 +208,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
+    given, began = problem(JOBS["mlp"]), time.perf_counter()
     with pools.kept(Place(PROCESSES, ray=args.ray)) as pool:
-        start, least = started(pool), imported()
+        first(pool, given)
+        start, least = time.perf_counter() - began, imported()
         print(f"start-up of the pool: {start:.1f} s, {start / least:.1f} times an import of torch ({least:.1f} s)\n")
         print(f"{'':28}{'these/s':>10}{'those/s':>10}{'ratio':>8}{'lowest':>8}{'highest':>8}")
         for name in args.works:

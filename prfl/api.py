@@ -72,13 +72,13 @@ def run(
     >>> run("default", {"stop.versions": 1, "work.steps": 1}, workers="serial", out=folder / "one")["versions"]
     1
     """
+    from sim import pools
     from sim.run import simulate
 
     chosen = _experiment(experiment, changes)
     folder = store.free(None if out is None else Path(out), chosen.name)
-    return Result(
-        folder, simulate(chosen, folder, pool=_place(workers, ray_address, device, gpus), data_dir=_path(data_dir))
-    )
+    with pools.kept(_place(workers, ray_address, device, gpus)) as pool:
+        return Result(folder, simulate(chosen, folder, pool=pool, data_dir=_path(data_dir)))
 
 
 def compare(

@@ -98,9 +98,8 @@ def run(
     from sim.run import simulate
 
     place = pools.place(workers, num_workers, ray_address, device, gpus_per_worker)
-    place.check()
-    with told, live.Watch(title, experiment.stop.versions, console) as watch:
-        result = simulate(experiment, folder, pool=place, data_dir=data_dir, watch=_both(watch, told))
+    with pools.kept(place) as pool, told, live.Watch(title, experiment.stop.versions, console) as watch:
+        result = simulate(experiment, folder, pool=pool, data_dir=data_dir, watch=_both(watch, told))
         told.ended(result)
     _shown(result, folder)
 

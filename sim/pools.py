@@ -11,7 +11,7 @@ from clients import accelerator, local
 from prfl.config import ConfigError
 from prfl.problem import Problem
 from prfl.types import Task, Update
-from sim.actors import Actors
+from sim.actors import Actors, Backend
 from sim.cluster import Cluster, check
 from sim.processes import Processes
 from sim.workers import Run, Serial, Workers
@@ -54,13 +54,16 @@ class Place:
         else:
             accelerator.found(self.device)
 
-    def actors(self, given: Problem) -> Actors:
-        """Actors for this problem."""
+    def actors(self, given: Problem, backend: Backend | None = None) -> Actors:
+        """Actors for this problem. backend: where they live, if it has started already."""
+        return Actors(backend or self.backend(), partial(trainer, given, self.device))
+
+    def backend(self) -> Backend:
+        """Where actors live. Raises ConfigError."""
         self.check()
         on_ray = bool(self.address) or self.device != "cpu" if self.ray is None else self.ray
         share, workers = 0.0 if self.device == "cpu" else self.gpus, self.workers or 0
-        backend = Cluster(workers, self.address, share) if on_ray else Processes(workers)
-        return Actors(backend, partial(trainer, given, self.device))
+        return Cluster(workers, self.address, share) if on_ray else Processes(workers)
 
 
 def place(kind: str | None, workers: int, address: str | None, device: str, gpus: float) -> Place:
@@ -79,7 +82,10 @@ def trainer(given: Problem, device: str = "cpu") -> Run:
 
 @contextmanager
 def kept(place: Place) -> Iterator[Pool]:
-    """A pool for run after run, one at a time: actors start once. Raises ConfigError, as `Place.check`."""
+    """A pool for run after run, one at a time: actors start once, while the first problem is built.
+
+    Raises ConfigError, as `Place.check`.
+    """
     place.check()
     if place.workers is None:
         yield place
@@ -92,13 +98,13 @@ class _Kept:
     """Actors that start once, and get data only when it is another's."""
 
     def __init__(self, place: Place):
-        self._place = place
+        self._place, self._backend = place, place.backend()
         self._actors: Actors | None = None
         self._given: Problem | None = None
 
     def __call__(self, given: Problem) -> Workers:
         if self._actors is None:
-            self._actors = self._place.actors(given)
+            self._actors = self._place.actors(given, self._backend)
         elif given is self._given:
             self._actors.forget()
         else:
@@ -107,8 +113,7 @@ class _Kept:
         return _Lent(self._actors)
 
     def close(self) -> None:
-        if self._actors is not None:
-            self._actors.close()
+        (self._actors or self._backend).close()
 
 
 class _Lent:

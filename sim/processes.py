@@ -70,6 +70,7 @@ class _Call:
 class Processes:
     """`sim.actors.Backend` on this machine. places: how many processes there are to be, 0 for one a core.
 
+    They start at once, and import what training takes while nobody knows yet what they will train.
     A process ends when its pipe does, whatever becomes of this one. Ctrl-C is for this one to hear.
     """
 
@@ -78,6 +79,7 @@ class Processes:
         roots = [str(MEMORY), None] if os.access(MEMORY, os.W_OK) else [None]
         self._folders = [TemporaryDirectory(prefix="prfl-", dir=root) for root in roots]
         self._names = count()
+        self._fresh = [self._started() for _ in range(self.places)]
 
     def put(self, value: Any) -> Stored:
         """Kept as long as somebody here holds what is returned; on disk where memory for files is full."""
@@ -91,16 +93,7 @@ class Processes:
         return _kept(last, head, buffers)
 
     def hire(self, make: Stored) -> tuple[_Actor, _Call]:
-        here, there = socketpair()
-        code = "from sim.processes import work; work()"
-        command = [sys.executable, "-c", code, str(there.fileno()), *(folder.name for folder in self._folders)]
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        process = subprocess.Popen(
-            command, process_group=0, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        there.close()
-        actor = _Actor(process, Connection(here.detach()))
+        actor = self._fresh.pop() if self._fresh else self._started()
         return actor, self.call(actor, "", Stored.read, (make,), sys.path)
 
     def call(self, actor: _Actor, method: str, *args: Any) -> _Call:
@@ -139,8 +132,22 @@ class Processes:
         return "its process does not start"
 
     def close(self) -> None:
+        for actor in self._fresh:
+            self.kill(actor)
         for folder in self._folders:
             folder.cleanup()
+
+    def _started(self) -> _Actor:
+        here, there = socketpair()
+        code = "from sim.processes import work; work()"
+        command = [sys.executable, "-c", code, str(there.fileno()), *(folder.name for folder in self._folders)]
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        process = subprocess.Popen(
+            command, process_group=0, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        there.close()
+        return _Actor(process, Connection(here.detach()))
 
 
 def work() -> None:
