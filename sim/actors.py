@@ -142,7 +142,9 @@ class Actors:
                 return
             room = 2 * len([*self._actors, *self._coming]) - len(self._out)
             size = max(1, min(ceil(len(self._queue) / room), int(SPAN / self._pace), MOST))
-            orders = [self._queue.popleft() for _ in range(size)]
+            orders = [self._queue.popleft()]
+            while len(orders) < size and not any(o.job in self._deaths for o in (orders[0], self._queue[0])):
+                orders.append(self._queue.popleft())  # one whose actor died goes by itself, not to take others with it
             self._out[self._backend.call(self._actors[idlest], "train", orders)] = (idlest, orders)
 
     def _collect(self) -> None:

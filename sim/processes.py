@@ -154,9 +154,7 @@ def work() -> None:
     """The life of a process: it does what comes through its pipe, one call after another."""
     pipe = Connection(int(sys.argv[1]))
     calls: SimpleQueue[tuple[bytes, Buffers]] = SimpleQueue()
-    answers: SimpleQueue[tuple[bytes, Buffers]] = SimpleQueue()
     Thread(target=_listen, args=(pipe, calls), daemon=True).start()  # or each side might wait for the other to read
-    Thread(target=_tell, args=(pipe, answers), daemon=True).start()
     actor = None
     while True:
         value, buffers = calls.get()
@@ -170,7 +168,7 @@ def work() -> None:
         except Exception as error:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
             answer = False, error if actor else Died(line, final=True)
-        answers.put(_packed(answer))
+        _send(pipe, *_packed(answer))  # before the next call, which it may not survive
 
 
 def _listen(pipe: Connection, calls: SimpleQueue[tuple[bytes, Buffers]]) -> None:
@@ -181,11 +179,6 @@ def _listen(pipe: Connection, calls: SimpleQueue[tuple[bytes, Buffers]]) -> None
         for folder in sys.argv[2:]:
             rmtree(folder, ignore_errors=True)
         os._exit(0)
-
-
-def _tell(pipe: Connection, answers: SimpleQueue[tuple[bytes, Buffers]]) -> None:
-    while True:
-        _send(pipe, *answers.get())
 
 
 def _receive(actor: _Actor) -> None:
