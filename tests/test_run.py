@@ -201,6 +201,5 @@ def test_tasks_given_up_are_in_flight_no_more() -> None:
 def test_actors_give_the_same_run(tmp_path: Path) -> None:
     experiment = small("method={name: pr_fl, every: 2}")
     here = simulate(experiment, tmp_path / "serial")
-    for name, ray in (("processes", None), ("ray", True)):
-        there = simulate(experiment, tmp_path / name, pool=pools.Place(2, ray=ray))
-        assert [here[key] for key in HASHES] == [there[key] for key in HASHES]
+    there = simulate(experiment, tmp_path / "processes", pool=pools.Place(2))
+    assert [here[key] for key in HASHES] == [there[key] for key in HASHES]
