@@ -6,8 +6,7 @@ FedAvg, SGD, learning rate 0.05, batch 20, one local epoch of 100 samples of 28x
 would write by hand: a model, `torch.optim.SGD` and two processes, one thread each, that add their clients up, so that
 one model a process and round travels. Start-up and the first rounds are left out on both sides. The prfl side encodes,
 checks, clocks and logs every client. The last table is PR-FL with channel masks of 0.1 to 0.6, 0.3 on average, against
-prfl's own dense FedAvg, both of Conv2 in rounds of ten. Start-up: from nothing to the first result
-of a worker.
+prfl's own dense FedAvg, both of Conv2 in rounds of ten. Start-up: from nothing to a first result.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def kept(place: Place) -> Iterator[Pool]:
 
     Raises ConfigError, as `Place.check`.
     """
-    place.check()
     if place.workers is None:
+        place.check()
         yield place
         return
     with closing(_Kept(place)) as pool:

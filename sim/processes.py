@@ -246,7 +246,7 @@ def _taken(pipe: Connection) -> tuple[bytes, list[memoryview]]:
     buffers = [np.empty(size, np.uint8).data for size in sizes]
     for buffer in buffers:
         while buffer:
-            if not (count := os.readv(pipe.fileno(), [buffer])):
+            if not (size := os.readv(pipe.fileno(), [buffer])):
                 raise EOFError
-            buffer = buffer[count:]
+            buffer = buffer[size:]
     return value, buffers
