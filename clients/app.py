@@ -29,7 +29,9 @@ CARRY = "carry"  # what a lossy codec withheld so far; in the node's state, beca
 TRUSTED = "trusted"  # in the node config: packages of users' own parts
 WANTED = ("experiment", "codec", "architecture")
 OURS = ("prfl", "clients")
-OPEN = {"clients.app", "clients.local", "clients.train", "prfl.codec", "prfl.bitstream", "prfl.envelope"}
+OPEN = {f"clients.{name}" for name in ("app", "asked", "local", "outcome", "train")} | {
+    f"prfl.{name}" for name in ("codec", "bitstream", "envelope")
+}
 """The modules whose errors the server may read: they speak of its task and of counts, never of what lies in a file."""
 
 app = ClientApp()

@@ -1,26 +1,28 @@
 """Several clients' fully connected networks trained at once: their small products are one batched product.
 
-The arithmetic is that of `clients.train`, product by product, so that results are the same to the bit wherever the
-library's batched products are: `clients.local` looks whether they are before it relies on it.
+Forward and backward passes are written out, and gradients are added where they belong by the product that makes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby, pairwise
+from itertools import groupby
+from math import isfinite
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clients.descent import descent
-from clients.train import Diverged, check, planned, received, told
+from clients.asked import planned, received
+from clients.outcome import Diverged, check, told
 from prfl.samples import Samples
 from prfl.types import Task, Tree, Update, Work
 
 SIMPLE = ("epochs", "steps", "batch", "lr", "momentum", "weight_decay", "proximal")
 """What may differ from the default in work that is done stacked."""
+
+Descent = Callable[[str, Tensor, Tensor, slice], None]
+"""A step of one entry, of the clients in these rows, whose gradient is left^T right."""
 
 
 def stackable(model: nn.Module, work: Work) -> bool:
@@ -30,7 +32,7 @@ def stackable(model: nn.Module, work: Work) -> bool:
 
 
 def train(tasks: Sequence[Task], model: nn.Module, samples: Sequence[Samples]) -> list[Update | Diverged]:
-    """What `clients.train.train` makes of each task; Diverged in place of an update that came to nothing.
+    """What `clients.train.train` makes of each task, but for rounding; Diverged in place of what came to nothing.
 
     tasks: of one version, mask and work, see `stackable`. samples: of each task's client, at least one; all of the
     same kind. Clients may have different numbers of them: those whose next batches are equally large step together.
@@ -39,31 +41,28 @@ def train(tasks: Sequence[Task], model: nn.Module, samples: Sequence[Samples]) -
     net, values, held = received(first, model)
     start, layers = held.apply(values), _layers(net)
     stack = {k: v.expand(len(tasks), *v.shape).clone() for k, v in start.items()}
-    descend = descent(first.work, list(stack.values()), [_shut(held.bits.get(k), v) for k, v in start.items()])
+    descend = _descent(first.work, stack, start, held.bits)
     data = replace(samples[0], x=torch.cat([s.x for s in samples]), y=torch.cat([s.y for s in samples]))
-    starts = [sum(count[:i]) for i in range(len(count))]
     plans = [planned(task, n, whole=False) for task, n in zip(tasks, count, strict=True)]
     losses: list[list[float]] = [[] for _ in tasks]
     right = [0] * len(tasks)
-    for step in range(max(map(len, plans))):
-        for rows in _together([plan[step : step + 1] for plan in plans]):
-            at = torch.stack([plans[i][step] + starts[i] for i in range(rows.start, rows.stop)])
-            x, y = data.batch(at)
-            weights = {k: v[rows] for k, v in stack.items()}
-            gradients, means, hits = _gradients(layers, weights, x.flatten(2), y)
-            descend([gradients[k] for k in stack], rows)
-            for i, loss, hit in zip(range(rows.start, rows.stop), means.tolist(), hits.tolist(), strict=True):
-                losses[i].append(loss)
-                right[i] += hit
-    moves = {k: v - start[k] for k, v in stack.items()}
+    for rows, at in _together(plans, count):
+        x, y = data.batch(at)
+        means, hits = _learn(layers, {k: v[rows] for k, v in stack.items()}, x.flatten(2), y, descend, rows)
+        for i, loss, hit in zip(range(rows.start, rows.stop), means.tolist(), hits.tolist(), strict=True):
+            losses[i].append(loss)
+            right[i] += hit
+    moves = {k: v.sub_(start[k]) for k, v in stack.items()}
+    sums = torch.stack([v.flatten(1).sum(1) for v in moves.values()]).sum(0).tolist()
     ended: list[Update | Diverged] = []
     for i, task in enumerate(tasks):
         delta = {k: held.gather(k, move[i]) for k, move in moves.items()}
-        try:
-            check(losses[i], delta, task.work)
-        except Diverged as reason:
-            ended.append(reason)
-            continue
+        if not isfinite(sums[i] + sum(losses[i])):
+            try:
+                check(losses[i], delta, task.work)
+            except Diverged as reason:
+                ended.append(reason)
+                continue
         metrics = told(losses[i], [len(at) for at in plans[i]], right[i])
         ended.append(Update(task.client, task.version, delta, task.mask, float(count[i]), metrics))
     return ended
@@ -79,21 +78,60 @@ def _layers(model: nn.Module) -> list[str]:
     return names if kinds == [nn.Flatten, nn.Linear, *(nn.ReLU, nn.Linear) * (len(names) - 1)] else []
 
 
-def _shut(bits: Tensor | None, value: Tensor) -> Tensor | None:
-    return None if bits is None else bits.to(value.dtype)
+def _together(plans: Sequence[Sequence[Tensor]], count: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Step by step, neighbours whose batches are equally large: their rows, and (S, B) indices of all samples in a row.
+
+    Who has no batch left is in none. count: samples of each client.
+    """
+    longest = max(map(len, plans))
+    steps = [[plan[step] if step < len(plan) else plan[0][:0] for plan in plans] for step in range(longest)]
+    sizes = [[len(batch) for batch in batches] for batches in steps]
+    starts = torch.tensor([sum(count[:i]) for i in range(len(count))] * longest)
+    index = torch.cat([batch for batches in steps for batch in batches])
+    index += starts.repeat_interleave(torch.tensor(sizes).flatten())
+    done = 0
+    for row in sizes:
+        low = 0
+        for size, same in groupby(row):
+            rows = slice(low, low + len(list(same)))
+            if size:
+                yield rows, index[done : done + size * (rows.stop - low)].view(-1, size)
+            done, low = done + size * (rows.stop - low), rows.stop
 
 
-def _together(batches: Sequence[Sequence[Tensor]]) -> Iterator[slice]:
-    """Neighbours whose batches are equally large, as rows; who has no batch left is in none."""
-    sizes = [len(batch[0]) if batch else 0 for batch in batches]
-    edges = [0]
-    for _, same in groupby(sizes):
-        edges.append(edges[-1] + len(list(same)))
-    return (slice(a, b) for a, b in pairwise(edges) if sizes[a])
+def _descent(work: Work, stack: Tree, start: Tree, bits: Tree) -> Descent:
+    """Steps as torch.optim.SGD takes them, in place. bits: what is held of an entry, all else stays 0."""
+    plain = not (work.momentum or work.weight_decay or work.proximal)
+    velocity = {} if plain else {k: torch.zeros_like(v) for k, v in stack.items()}
+    shut = {k: v.to(start[k].dtype) for k, v in bits.items()}
+
+    def step(k: str, left: Tensor, right: Tensor, rows: slice) -> None:
+        now = stack[k][rows]
+        if plain:
+            _as_matrix(now).baddbmm_(left.mT, right, alpha=-work.lr)
+        else:
+            moving = velocity[k][rows]
+            _as_matrix(moving).baddbmm_(left.mT, right, beta=work.momentum)
+            if work.weight_decay:
+                moving.add_(now, alpha=work.weight_decay)
+            if work.proximal:
+                moving.add_(now - start[k], alpha=work.proximal)
+            now.add_(moving, alpha=-work.lr)
+        if k in shut:
+            now.mul_(shut[k])
+
+    return step
 
 
-def _gradients(layers: Sequence[str], weights: Tree, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Of the mean cross-entropy, by hand; each client's loss, and how many samples it told rightly.
+def _as_matrix(value: Tensor) -> Tensor:
+    """A bias is a column."""
+    return value[..., None] if value.dim() == 2 else value
+
+
+def _learn(
+    layers: Sequence[str], weights: Tree, x: Tensor, y: Tensor, descend: Descent, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """A step on the mean cross-entropy; each client's loss, and how many samples it told rightly, before the step.
 
     weights: (S, ...), x: (S, B, inputs), y: (S, B), for S clients with a batch of B samples each.
     """
@@ -102,16 +140,13 @@ def _gradients(layers: Sequence[str], weights: Tree, x: Tensor, y: Tensor) -> tu
         x = x if name == layers[0] else x.relu_()
         inputs.append(x)
         x = torch.baddbmm(weights[f"{name}.bias"][:, None], x, weights[f"{name}.weight"].mT)
-    logits = x.requires_grad_()
-    with torch.enable_grad():
-        each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-        (slope,) = torch.autograd.grad(each, logits, torch.full_like(each, 1 / y.shape[1]))
-    found = {}
+    log, label = x.log_softmax(2), y[..., None]
+    slope = log.exp().scatter_add_(2, label, x.new_full(label.shape, -1.0)).div_(y.shape[1])
+    ones = x.new_ones(*y.shape, 1)
     for name, given in zip(reversed(layers), reversed(inputs), strict=True):
-        found[f"{name}.weight"] = slope.mT.bmm(given)
-        found[f"{name}.bias"] = slope.sum(1)
+        up = slope
         if name != layers[0]:
-            slope = slope.bmm(weights[f"{name}.weight"]).masked_fill_(given <= 0, 0.0)
-    log = logits.detach().log_softmax(2)
-    means = torch.stack([F.nll_loss(a, b) for a, b in zip(log, y, strict=True)])  # a mean over rows rounds otherwise
-    return found, means, (log.argmax(2) == y).sum(1)
+            slope = up.bmm(weights[f"{name}.weight"]).masked_fill_(given <= 0, 0.0)
+        descend(f"{name}.weight", up, given, rows)
+        descend(f"{name}.bias", up, ones, rows)
+    return log.gather(2, label).mean((1, 2)).neg(), (log.argmax(2) == y).sum(1)

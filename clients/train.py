@@ -5,26 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from math import isfinite
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clients import personal, regrow, sparse, statistics
+from clients import personal, regrow, sparse, stacked, statistics
 from clients.accelerator import CPU
+from clients.asked import planned, received
 from clients.descent import descent
-from clients.shrink import shrink, sliced_bits
+from clients.outcome import Diverged, check, told
 from clients.widths import drawn
-from prfl.masks import Mask
-from prfl.models import entries
-from prfl.samples import Samples, batches
+from prfl.samples import Samples
 from prfl.types import Task, Tree, Update, Work
-
-
-class Diverged(ValueError):
-    """Local training came to values that are not finite."""
 
 
 def train(task: Task, model: nn.Module, samples: Samples, device: torch.device = CPU) -> Update:
@@ -43,6 +37,11 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
     `Work` lets a client change its mask, the update has another than the task. Diverged: a loss or a weight is not
     finite. ValueError: no samples, too few for BatchNorm, or a mask that the work can not be done with.
     """
+    if device == CPU and stacked.stackable(model, task.work):
+        (ended,) = stacked.train([task], model, [samples])
+        if isinstance(ended, Diverged):
+            raise ended
+        return ended
     work = task.work
     samples, held_out = personal.apart(task, samples)
     net, values, held = received(task, model)
@@ -78,7 +77,7 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
                 held = regrow.regrown(held, now, _named(weights, [g.cpu() for g in gradients]), work.regrow)
                 for k, mask in shut.items():
                     mask.copy_(held.bits[k])
-            descend(gradients, None)
+            descend(gradients)
             if step == passed:
                 first = {k: held.gather(k, v.data.cpu()).clone() for k, v in local.items()}
             losses.append(loss.detach())
@@ -106,38 +105,6 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
     return personal.pruned(update, task, model, held_out, first) if passed else update
 
 
-def received(task: Task, model: nn.Module) -> tuple[nn.Module, Tree, Mask]:
-    """The network to train, its values, and which single weights of it are held."""
-    mask, params = task.mask, task.params
-    if not mask.channels:
-        return model, params, mask
-    if statistics.needs_dense(task.work):
-        return model, params, Mask({k: mask.where(k, v.shape) for k, v in params.items() if not mask.whole(k)})
-    small = shrink(model, mask, params)
-    bits = {k: sliced_bits(mask, k) for k in mask.bits}
-    return small, entries(small), Mask({k: v for k, v in bits.items() if v is not None})
-
-
-def planned(task: Task, samples: int, whole: bool) -> list[Tensor]:
-    """The sample indices of every mini-batch, reshuffled each pass. whole: batches of one are not possible."""
-    work = task.work
-    if work.batch < 1 or max(work.steps, work.epochs) < 1:
-        raise ValueError(f"work: need batch and epochs or steps above 0, got {work.batch}, {work.epochs}, {work.steps}")
-    if not samples:
-        raise ValueError(f"client {task.client} has no samples to train on")
-    if whole and min(samples, work.batch) < 2:
-        raise ValueError(
-            f"client {task.client}: BatchNorm needs batches of two or more, got {samples} samples, batch {work.batch}"
-        )
-    generator = torch.Generator().manual_seed(task.seed)
-    plan: list[Tensor] = []
-    passes = 0
-    while len(plan) < work.steps if work.steps else passes < work.epochs:
-        plan += batches(torch.randperm(samples, generator=generator), work.batch, whole)
-        passes += 1
-    return plan[: work.steps] if work.steps else plan
-
-
 def _weary(losses: Sequence[Tensor], plan: Sequence[Tensor], work: Work) -> bool:
     """Whether an epoch ends that is the last of `Work.patience` in a row without a smaller mean loss (AutoFLIP)."""
     size, done = len(plan) // work.epochs, len(losses)
@@ -158,8 +125,6 @@ def _borrowed(net: nn.Module, start: Tree, task: Task, device: torch.device) -> 
     """
     tensors = net.state_dict(keep_vars=True)
     local = {k: t for k, t in tensors.items() if t.is_floating_point()}
-    if {k: t.shape for k, t in local.items()} != {k: v.shape for k, v in start.items()}:
-        raise ValueError(f"client {task.client}: the task's parameters do not fit the model")
     tensors = dict(net.named_buffers()) | tensors
     modules = list(net.modules())
     norms = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -230,23 +195,6 @@ def _only(present: Tensor, logits: Tensor) -> Tensor:
 def _binary(logits: Tensor, y: Tensor) -> Tensor:
     """Binary cross-entropy on one-hot labels, mean over samples and classes."""
     return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits).scatter_(1, y[:, None], 1.0))
-
-
-def check(losses: Sequence[float], delta: Tree, work: Work) -> None:
-    """Raises Diverged where a step's loss or a weight is not finite."""
-    for step, loss in enumerate(losses, 1):
-        if not isfinite(loss):
-            raise Diverged(f"loss became {loss:g} at step {step} (lr {work.lr:g})")
-    if not isfinite(sum(float(v.sum()) for v in delta.values())):
-        raise Diverged(f"weights became infinite or nan at step {len(losses)} (lr {work.lr:g})")
-
-
-def told(losses: Sequence[float], sizes: Sequence[int], right: int) -> dict[str, float]:
-    """The metrics of every update, from each step's mean loss and batch size, and the samples told rightly."""
-    seen, steps = sum(sizes), len(sizes)
-    mean = sum(v * n for v, n in zip(losses, sizes, strict=True)) / seen
-    means = {"loss": mean, "loss_first": losses[0], "loss_last": losses[-1], "accuracy": right / seen}
-    return means | {"samples": float(seen), "steps": float(steps)}
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "bce": _binary}

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clients.train import Diverged, train
+from clients.outcome import Diverged
+from clients.train import train
 from prfl import models
 from prfl.data import Samples
 from prfl.masks import DENSE, Mask
@@ -243,8 +244,8 @@ def test_scaler_divides_by_the_share_kept(report: str) -> None:
 
 
 def test_scaler_leaves_a_whole_model_alone() -> None:
-    data = samples(6, 1, 3, 3)
-    plain, scaled = (train(task(mlp(), Work(scaler=s)), mlp(), data).delta for s in (False, True))
+    data = samples(6, 1, 6, 6)
+    plain, scaled = (train(task(cnn(), Work(scaler=s)), cnn(), data).delta for s in (False, True))
     assert same(plain, scaled)
 
 
