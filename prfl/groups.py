@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from prfl.types import Architecture, Group, Member
 
@@ -27,18 +27,51 @@ def architecture(model: nn.Module, example_input: Tensor) -> Architecture:
 
 def macs(model: nn.Module, example: Tensor) -> dict[str, float]:
     """Multiply-adds of one weight per sample; a weight whose use torch cannot count has no row."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(example)
-    flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    rows = {}
+    alone = {}  # modules with one weight
     for name, module in model.named_modules():
         weights = [(_join(name, k), p) for k, p in module.named_parameters(recurse=False) if p.dim() > 1]
-        if isinstance(module, nn.Embedding):
-            rows[weights[0][0]] = 0.0
-        elif len(weights) == 1 and not list(module.children()) and flops.get(name):
-            entry, weight = weights[0]
-            rows[entry] = flops[name] / 2 / weight.numel() / len(example)
-    return rows
+        if len(weights) == 1 and not list(module.children()):
+            alone[name] = (module, *weights[0])
+    plain = all(type(module) in PLAIN for module, *_ in alone.values())
+    uses = (_uses if plain else _flops)(model, example)
+    embedded = {entry for module, entry, _ in alone.values() if isinstance(module, nn.Embedding)}
+    return {
+        entry: 0.0 if entry in embedded else uses[name] / (1 if plain else 2 * weight.numel()) / len(example)
+        for name, (_, entry, weight) in alone.items()
+        if entry in embedded or uses.get(name)
+    }
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN = {nn.Linear, nn.Embedding, *CONVOLUTIONS}
+
+
+def _uses(model: nn.Module, example: Tensor) -> dict[str, float]:
+    """How many outputs, of this batch, a weight of each plain layer has a part in."""
+    uses: dict[str, float] = {}
+
+    def count(name: str, module: nn.Module, _: object, out: Tensor) -> None:
+        width = module.out_channels if isinstance(module, CONVOLUTIONS) else module.out_features
+        uses[name] = uses.get(name, 0.0) + out.numel() / cast(int, width)
+
+    layers = [(k, m) for k, m in model.named_modules() if type(m) in PLAIN and not isinstance(m, nn.Embedding)]
+    hooks = [module.register_forward_hook(partial(count, name)) for name, module in layers]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return uses
+
+
+def _flops(model: nn.Module, example: Tensor) -> dict[str, float]:
+    """Operations of any module that torch can count; this import takes seconds and 150 MB."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example)
+    return {name.partition(".")[2]: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
 
 
 def _groups(model: nn.Module, example: Tensor) -> tuple[Group, ...]:

@@ -154,6 +154,30 @@ def test_embeddings_cost_nothing_and_what_cannot_be_counted_has_no_row():
     assert macs == {"layers.words.weight": 0.0, "layers.fc.weight": 1.0}
 
 
+class Own(nn.Module):
+    """A layer of somebody's own."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.table)
+
+
+def test_layers_that_are_not_torchs_are_counted_too():
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ConvTranspose2d(3, 2, 2, 2), nn.Flatten(), Own(128, 4), nn.Linear(4, 2)
+    )
+    macs = architecture(model, torch.zeros(2, 1, 6, 6)).macs
+    assert macs == {"0.weight": 16.0, "1.weight": 16.0, "3.table": 1.0, "4.weight": 1.0}
+
+
+def test_a_layer_that_is_used_twice_costs_twice():
+    model = Net(lambda n, x: n["b"](n["a"](n["a"](x))), a=nn.Linear(4, 4), b=nn.Linear(4, 2))
+    assert architecture(model, torch.zeros(2, 4)).macs == {"layers.a.weight": 2.0, "layers.b.weight": 1.0}
+
+
 def test_linear_layers_over_a_sequence_cost_every_place():
     assert architecture(nn.Linear(3, 4), torch.zeros(2, 5, 3)).macs == {"weight": 5.0}
 
