@@ -37,10 +37,9 @@ class Stored:
         starts = _starts(size, sizes)
         return pickle.loads(value, buffers=[data[at : at + n] for at, n in zip(starts, sizes, strict=True)])
 
-    def take(self) -> Any:
-        """Its arrays are copies, each for itself; the file is gone."""
+    def copied(self) -> Any:
+        """Its arrays are copies, each for itself: the file may be written again."""
         with open(self.path, "rb") as file:
-            os.unlink(self.path)
             size = int.from_bytes(file.read(8), "little")
             value, sizes = pickle.loads(file.read(size))
             buffers = [np.empty(n, np.uint8).data for n in sizes]
@@ -50,34 +49,27 @@ class Stored:
         return pickle.loads(value, buffers=buffers)
 
 
-def opened(letter: bytes) -> Any:
-    """What `Files.letter` was given."""
-    found = pickle.loads(letter)
-    return found.take() if isinstance(found, Stored) else pickle.loads(found[0])
-
-
 class Files:
-    """Folders for such files: the first, which may be in memory, as long as there is room, else the last.
+    """Folders for such files: the first, which may be in memory, as long as there is room, else the last."""
 
-    name: no other process writes under it.
-    """
-
-    def __init__(self, folders: Sequence[str], name: str):
-        self._folders, self._name, self._count = [Path(folder) for folder in folders], name, count()
+    def __init__(self, folders: Sequence[str]):
+        self._folders, self._count = [Path(folder) for folder in folders], count()
 
     def put(self, value: Any) -> Stored:
         """Kept as long as somebody here holds what is returned."""
-        stored = self._written(*_packed(value))
+        stored = self._written(f"value-{next(self._count)}", *_packed(value))
         finalize(stored, Path(stored.path).unlink, missing_ok=True)
         return stored
 
-    def letter(self, value: Any) -> bytes:
-        """The value for one reader, who opens it: its large arrays wait in a file."""
-        head, buffers = _packed(value)
-        return pickle.dumps(self._written(head, buffers)) if buffers else head
+    def letter(self, value: Any, box: str) -> bytes:
+        """The value for one reader, who opens the letter before another comes through this box.
 
-    def _written(self, head: bytes, buffers: Buffers) -> Stored:
-        name = f"{self._name}-{next(self._count)}"
+        Large arrays wait in the box, a file that stays: memory that is there already takes half the time of new.
+        """
+        head, buffers = _packed(value)
+        return pickle.dumps(self._written(box, head, buffers)) if buffers else head
+
+    def _written(self, name: str, head: bytes, buffers: Buffers) -> Stored:
         *first, last = (folder / name for folder in self._folders)
         for path in first:  # in a container there may be very little
             try:
@@ -85,6 +77,12 @@ class Files:
             except OSError:
                 path.unlink(missing_ok=True)
         return _write(last, head, buffers)
+
+
+def opened(letter: bytes) -> Any:
+    """What `Files.letter` was given."""
+    found = pickle.loads(letter)
+    return found.copied() if isinstance(found, Stored) else pickle.loads(found[0])
 
 
 def _packed(value: Any) -> tuple[bytes, list[memoryview]]:
@@ -114,7 +112,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 def _write(path: Path, head: bytes, buffers: Buffers) -> Stored:
-    with path.open("wb") as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "wb") as file:  # what it held is overwritten, not freed
         file.write(len(head).to_bytes(8, "little") + head)
         for at, buffer in zip(_starts(len(head), [len(b) for b in buffers]), buffers, strict=True):
             file.seek(at)

@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import cycle
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,15 +25,19 @@ from sim.files import Files, Stored, opened
 from sim.workers import cores
 
 MEMORY = Path("/dev/shm")
+BOXES = 2  # each way: calls of an actor that are under way at a time
 
 
 @dataclass(eq=False)
 class _Actor:
-    """`calls`: those that it has not answered yet."""
+    """`calls`: those that it has not answered yet. `boxes`: where large arrays of the next ones wait, in turn."""
 
     process: subprocess.Popen[bytes]
     pipe: Connection
     calls: deque[_Call] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.boxes = boxes("call", self.process.pid)
 
 
 @dataclass(eq=False)
@@ -52,7 +57,7 @@ class Processes:
         self.places = places or cores()
         roots = [str(MEMORY), None] if os.access(MEMORY, os.W_OK) else [None]
         self._folders = [TemporaryDirectory(prefix="prfl-", dir=root) for root in roots]
-        self._files = Files([folder.name for folder in self._folders], "server")
+        self._files = Files([folder.name for folder in self._folders])
         self._fresh = [self._started() for _ in range(self.places)]
 
     def put(self, value: Any) -> Stored:
@@ -63,7 +68,9 @@ class Processes:
         return actor, self.call(actor, "", Stored.read, (make,), sys.path)
 
     def call(self, actor: _Actor, method: str, *args: Any) -> _Call:
-        call, letter = _Call(actor), self._files.letter((method, args))
+        while len(actor.calls) >= BOXES:
+            _receive(actor)
+        call, letter = _Call(actor), self._files.letter((method, args), next(actor.boxes))
         actor.calls.append(call)
         with suppress(OSError):  # it is dead, as its answer will tell
             actor.pipe.send_bytes(letter)
@@ -116,10 +123,16 @@ class Processes:
         return _Actor(process, Connection(here.detach()))
 
 
+def boxes(kind: str, pid: int) -> Iterator[str]:
+    """Names of files for large arrays on their way to or from a process, to be used in turn."""
+    return cycle([f"{kind}-{pid}-{i}" for i in range(BOXES)])
+
+
 def work() -> None:
     """The life of a process: it does what comes through its pipe, one call after another."""
     pipe, folders = Connection(int(sys.argv[1])), sys.argv[2:]
-    files, letters, actor = Files(folders, str(os.getpid())), SimpleQueue[bytes](), None
+    files, letters, actor = Files(folders), SimpleQueue[bytes](), None
+    box = boxes("answer", os.getpid())
     Thread(target=_listen, args=(pipe, letters, folders), daemon=True).start()  # or both might wait for a reader
     while True:
         try:
@@ -132,7 +145,7 @@ def work() -> None:
         except Exception as error:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
             answer = False, error if actor else Died(line, final=True)
-        pipe.send_bytes(files.letter(answer))  # before the next call, which it may not survive
+        pipe.send_bytes(files.letter(answer, next(box)))  # before the next call, which it may not survive
 
 
 def _listen(pipe: Connection, letters: SimpleQueue[bytes], folders: Sequence[str]) -> None:
