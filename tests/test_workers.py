@@ -24,9 +24,11 @@ from prfl.samples import Dataset, Samples
 from prfl.store import model_sha256
 from prfl.types import Task, Update, Work
 from sim import pools
+from sim.actor import Small
 from sim.actors import Actors, Backend
 from sim.cluster import Cluster
-from sim.processes import Processes, Stored
+from sim.files import Stored, opened
+from sim.processes import Processes
 from sim.workers import Failed, Run, Serial, Workers, singly
 from strategies.pacing import sync
 from strategies.server import Stalled, serve
@@ -179,6 +181,20 @@ def test_neither_side_of_a_pipe_waits_for_the_other_to_read(monkeypatch: pytest.
     assert [u.client for u in moved] == [t.client for t in tasks]
 
 
+def test_large_arrays_of_many_calls_at_once_do_not_mix() -> None:
+    """More calls than there are boxes for arrays; and answers that are wanted later than others."""
+    with closing(Processes(1)) as backend:
+        kept = backend.put(make)
+        actor, up = backend.hire(kept)
+        backend.get(up)
+        calls = [backend.call(actor, "_read", Small(i, torch.full((10**5 + i,), i))) for i in range(7)]
+        for i in (3, 6, 0, 5, 1, 2, 4):
+            echo = backend.get(calls[i])
+            assert echo.shape == (10**5 + i,)
+            assert echo.unique().tolist() == [i]
+        backend.kill(actor)
+
+
 def test_what_is_stored_is_shared_until_somebody_writes() -> None:
     with closing(Processes(1)) as backend:
         value = {"view": torch.arange(10**6)[:3], "half": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0)}
@@ -208,6 +224,8 @@ def test_what_memory_for_files_is_too_small_for_lies_on_disk(tmp_path: Path, mon
             assert not Path(large.path).is_relative_to(tmp_path)
             assert large.read().sum() == 10**5
             assert backend.put(torch.ones(10)).path.startswith(str(tmp_path))  # nothing is left of what did not fit
+            for size in (10**5, 5000, 10**5):
+                assert opened(backend._files.letter(torch.ones(size), "box")).sum() == size
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
