@@ -98,6 +98,21 @@ def test_a_crew_trains_what_each_would_alone_to_the_bit(work: str, mask: str) ->
             check_same(ours, want)
 
 
+def test_a_kind_is_looked_at_once_whatever_its_learning_rate() -> None:
+    alone: list[int] = []
+
+    def counted(task: Task) -> Update:
+        alone.append(task.client)
+        return train(task, MODEL, data(task.client))
+
+    crew = Crew(MODEL, data, counted)
+    for lr in (0.1, 0.05):
+        crew(tasks(replace(WORKS["epoch"], lr=lr)))
+    assert alone == list(range(8))
+    crew(tasks(replace(WORKS["epoch"], momentum=0.9)))
+    assert len(alone) == 16
+
+
 def test_different_tasks_find_their_places_again() -> None:
     """Other masks, other work, more clients than one stack takes, and work that is not done stacked."""
     mixed = [
