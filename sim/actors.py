@@ -91,7 +91,7 @@ class Actors:
             try:
                 self._backend.get(call)
             except Died:
-                self._replace(n, [])
+                self._replace(n)
         waiting, self._coming = self._coming, {}
         for _, actor in waiting.values():
             self._backend.kill(actor)
@@ -155,16 +155,18 @@ class Actors:
         if call in self._coming:
             self._arrived(call)
         else:
-            self._returned(*self._out.pop(call), call)
+            self._returned(call)
         self._dispatch()
 
-    def _returned(self, actor: int, orders: list[Order], call: Any) -> None:
-        """A batch has come back, or its actor has died of it."""
+    def _returned(self, call: Any) -> None:
+        """A batch has come back, or its actor has died."""
+        actor, _ = self._out[call]
         try:
             results, seconds = self._backend.get(call)
         except Died:
-            self._replace(actor, orders)
+            self._replace(actor)
             return
+        del self._out[call]
         self._pace = seconds / len(results) if self._pace == inf else (self._pace + seconds / len(results)) / 2
         self._done.update({result.job: result for result in results if result.job in self._tasks})
 
@@ -186,16 +188,16 @@ class Actors:
         else:
             self._actors[number], self._stillborn = actor, 0
 
-    def _replace(self, actor: int, orders: list[Order]) -> None:
+    def _replace(self, actor: int) -> None:
         if actor in self._actors:
             del self.nodes[actor]
             self._backend.kill(self._actors.pop(actor))  # it may be only out of reach
             self._hire()
-        lost = [(call, o) for call, (n, o) in self._out.items() if n == actor]
-        for call, more in lost:
-            del self._out[call]
-            self._queue.extendleft(reversed(more))
-        for order in orders:  # the call that was at work
+        calls = [call for call, (n, _) in self._out.items() if n == actor]
+        lost = [self._out.pop(call)[1] for call in calls]
+        for waiting in lost[1:]:
+            self._queue.extendleft(reversed(waiting))
+        for order in lost[0] if lost else ():  # the first sent was at work, whichever is told first
             self._deaths[order.job] = self._deaths.get(order.job, 0) + 1
             if self._deaths[order.job] >= TRIES and order.job in self._tasks:
                 self._done[order.job] = Result(order.job, None, None, f"{TRIES} workers died of this task")

@@ -130,6 +130,19 @@ def test_a_task_that_kills_every_worker_fails_and_the_run_goes_on(backend: Calla
 
 
 @pytest.mark.slow
+def test_who_waited_behind_it_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an actor's calls the one that waited may be the first whose end is heard of."""
+    wait, kill, killed = Processes.wait, Processes.kill, list[object]()
+    monkeypatch.setattr(Processes, "wait", lambda self, calls, timeout: wait(self, calls[::-1], timeout))
+    monkeypatch.setattr(Processes, "kill", lambda self, actor: killed.append(actor) or kill(self, actor))
+    pool = Actors(Processes(1), partial(make, "always"))
+    pool._pace = 1e-3
+    _, reasons = once(pool, "fedavg", "sync", versions=1)
+    assert reasons == ["3 workers died of this task"]
+    assert len(killed) == 3 + 1  # the last at the end of the run
+
+
+@pytest.mark.slow
 def test_actors_take_the_problem_as_it_is_here(backend: Callable[[int], Backend]) -> None:
     """No data set of this kind can be loaded anywhere."""
     problem = Problem(World().model, *_own())
