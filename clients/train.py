@@ -29,6 +29,7 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
     and the samples, to the bit, on a given machine and number of threads. The network is trained on `device`, all else
     is done on the CPU: task, model, samples and update lie there. On a GPU the same task comes to the same update where
     torch has deterministic kernels for it; another kind of device rounds otherwise.
+    On the CPU fully connected networks with plain SGD are trained by `clients.stacked`, as one client of a stack.
 
     Metrics: `loss` (mean over the samples seen, without the proximal term), `loss_first` and `loss_last` (of those
     mini-batches), `accuracy` (over the samples seen, before each step), `samples` (seen, repeats included), `steps`;

@@ -13,6 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prfl.types import Architecture, Group, Member
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN = {nn.Linear, nn.Embedding, *CONVOLUTIONS}  # layers whose costs are known without torch's counter
+
 
 def architecture(model: nn.Module, example_input: Tensor) -> Architecture:
     """Groups of channels that can only be cut together, and multiply-adds per weight; `model` is not touched.
@@ -40,10 +43,6 @@ def macs(model: nn.Module, example: Tensor) -> dict[str, float]:
         for name, (_, entry, weight) in alone.items()
         if entry in embedded or uses.get(name)
     }
-
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-PLAIN = {nn.Linear, nn.Embedding, *CONVOLUTIONS}
 
 
 def _uses(model: nn.Module, example: Tensor) -> dict[str, float]:
