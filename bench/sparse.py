@@ -82,7 +82,7 @@ def step(layer: nn.Linear, x: Tensor, slope: Tensor, mask: Tensor | None) -> Cal
         torch.autograd.backward(layer(x), slope)
         gradients = [p.grad for p in layer.parameters() if p.grad is not None]
         layer.zero_grad()
-        descend(gradients, None)
+        descend(gradients)
 
     return work
 

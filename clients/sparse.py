@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clients import statistics
-from clients.accelerator import CPU
+from clients.accelerator import measured
 from prfl.masks import Mask
 from prfl.types import Task, Work
 
@@ -85,8 +85,7 @@ def packs(net: nn.Module, task: Task, device: torch.device) -> Mapping[str, Pack
     cut, on a GPU, and where torch comes without MKL (on ARM): that was not measured.
     """
     work, mask = task.work, task.mask
-    able: bool = device == CPU and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    if not work.sparse or not able or mask.channels or not _fixed(work):
+    if not work.sparse or not measured(device) or mask.channels or not _fixed(work):
         return {}
     uses = Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))
     found = {}

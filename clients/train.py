@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clients import personal, regrow, sparse, stacked, statistics
+from clients import personal, regrow, sparse, spectral, stacked, statistics
 from clients.accelerator import CPU
 from clients.asked import planned, received
 from clients.descent import descent
@@ -29,7 +29,8 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
     and the samples, to the bit, on a given machine and number of threads. The network is trained on `device`, all else
     is done on the CPU: task, model, samples and update lie there. On a GPU the same task comes to the same update where
     torch has deterministic kernels for it; another kind of device rounds otherwise.
-    On the CPU fully connected networks with plain SGD are trained by `clients.stacked`, as one client of a stack.
+    On the CPU fully connected networks with plain SGD are trained by `clients.stacked`, as one client of a stack, and
+    convolutions with large kernels go by `clients.spectral`.
 
     Metrics: `loss` (mean over the samples seen, without the proximal term), `loss_first` and `loss_last` (of those
     mini-batches), `accuracy` (over the samples seen, before each step), `samples` (seen, repeats included), `steps`;
@@ -56,7 +57,12 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
     hits: list[Tensor] = []
     total: list[Tensor] | None = None
     packs = sparse.packs(net, task, device)
-    with _borrowed(net, start, task, device) as local, _scaled(net, task), sparse.packed(net, held, packs):
+    with (
+        _borrowed(net, start, task, device) as local,
+        _scaled(net, task),
+        sparse.packed(net, held, packs),
+        spectral.lent(net, device),
+    ):
         weights = {k: p for k, p in net.named_parameters() if p.requires_grad}
         bits = {k: v for k, v in held.bits.items() if k in weights and k not in packs}
         shut = {k: torch.empty_like(weights[k].data).copy_(v) for k, v in bits.items()}
