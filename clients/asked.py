@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 
 from clients import statistics
-from clients.shrink import shrink, sliced_bits
+from clients.shrink import hollow, shrink, sliced_bits, values
 from prfl.masks import Mask
 from prfl.models import entries
 from prfl.samples import batches
 from prfl.types import Task, Tree
+
+_SMALL: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Mask, tuple[nn.Module, Mask]]] = WeakKeyDictionary()
+# by model and mask: the skeleton, copied once, and the single weights that are held of it
 
 
 def received(task: Task, model: nn.Module) -> tuple[nn.Module, Tree, Mask]:
@@ -22,9 +27,12 @@ def received(task: Task, model: nn.Module) -> tuple[nn.Module, Tree, Mask]:
         return model, params, mask
     if statistics.needs_dense(task.work):
         return model, params, Mask({k: mask.where(k, v.shape) for k, v in params.items() if not mask.whole(k)})
-    small = shrink(model, mask, params)
-    bits = {k: sliced_bits(mask, k) for k in mask.bits}
-    return small, entries(small), Mask({k: v for k, v in bits.items() if v is not None})
+    known = _SMALL.setdefault(model, WeakKeyDictionary())
+    if mask not in known:
+        bits = {k: sliced_bits(mask, k) for k in mask.bits}
+        known[mask] = hollow(shrink(model, mask)), Mask({k: v for k, v in bits.items() if v is not None})
+    small, held = known[mask]
+    return small, values(model, mask, params), held
 
 
 def planned(task: Task, samples: int, whole: bool) -> list[Tensor]:

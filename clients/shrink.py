@@ -19,17 +19,28 @@ def shrink(model: nn.Module, mask: Mask, params: Tree | None = None) -> nn.Modul
     `mask.gather` of the full entry. ValueError: the mask cuts a layer that is no plain or depthwise convolution,
     linear layer or BatchNorm, or keeps single weights of cut channels.
     """
-    known: dict[int, object] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
-            full = tensor.detach() if params is None else params[name]
-            known[id(tensor)] = _like(tensor, _cut(mask, name, full))
+    cut = values(model, mask, entries(model) if params is None else params)
+    tensors = model.state_dict(keep_vars=True)
+    known: dict[int, object] = {id(tensors[name]): _like(tensors[name], value) for name, value in cut.items()}
     small = deepcopy(model, known)  # what is known is taken, not copied: full tensors are never duplicated
     for name, module in small.named_modules():
         prefix = f"{name}." if name else ""
         if any(mask.sides(prefix + k) for k in module.state_dict() if "." not in k):
             _resize(name, module)
     return small
+
+
+def hollow(small: nn.Module) -> nn.Module:
+    """The model as a mere skeleton: every entry keeps its shape, and takes the room of one number."""
+    for tensor in small.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.new_zeros(()).expand(tensor.shape)
+    return small
+
+
+def values(model: nn.Module, mask: Mask, params: Tree) -> Tree:
+    """The entries that `shrink` gives the small model, copied from full-sized ones."""
+    return {name: _cut(mask, name, params[name]) for name in entries(model)}
 
 
 def sliced_bits(mask: Mask, entry: str) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clients import asked
 from clients.outcome import Diverged
+from clients.shrink import shrink
 from clients.train import train
 from prfl import models
 from prfl.data import Samples
@@ -131,6 +134,42 @@ def test_the_small_model_trains_like_the_masked_large_one(option: str) -> None:
     assert sum(map(len, small.values())) == 27 + 3 + 2 * 12 + 2 + 3 * 2 + 3
     for k in small:
         torch.testing.assert_close(small[k], large[k], atol=1e-5, rtol=1e-4, msg=k)
+
+
+def test_the_small_skeleton_is_made_once_a_mask_and_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Mask] = []
+    monkeypatch.setattr(asked, "shrink", lambda model, mask: made.append(mask) or shrink(model, mask))
+    model, data = cnn(), samples(12, 1, 6, 6)
+    mask = Mask(channels=dict(NARROW.channels))
+    first, other = task(cnn(), OPTIONS["all"], mask), task(cnn(), OPTIONS["all"], mask, seed=4)
+    job = replace(first, params=models.values(model))
+    alone = train(job, cnn(), data)
+    made.clear()
+    train(other, model, data)
+    again = train(job, model, data)
+    assert len(made) == 1
+    assert all(torch.equal(again.delta[k], v) for k, v in alone.delta.items())
+    assert list(asked._SMALL[model]) == [mask]
+    del mask, first, other, job, alone, again
+    made.clear()
+    gc.collect()
+    assert not asked._SMALL[model]
+
+
+def test_integers_that_a_model_holds_stay_in_the_small_one() -> None:
+    class Turned(nn.Sequential):
+        def __init__(self, *layers: nn.Module):
+            super().__init__(*layers)
+            self.register_buffer("order", torch.arange(5, -1, -1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x[..., self.order])
+
+    model, data = Turned(*cnn()), samples(12, 1, 6, 6)
+    job = task(model, OPTIONS["all"], NARROW)
+    plain = train(job, cnn(), replace(data, x=data.x.flip(-1)))
+    turned = train(job, model, data)
+    assert all(torch.equal(turned.delta[k], v) for k, v in plain.delta.items())
 
 
 def test_channels_and_weights_can_be_masked_together() -> None:
