@@ -1,11 +1,11 @@
 """The server at scale: CPU time an event over 100 to 10,000 devices, a tenth of them in flight, and its memory.
 
-conv2_mnist's parameters, `buffered` pacing, training that does nothing; tasks and updates are really encoded, decoded
-and merged. Every row is a process of its own, and times are CPU seconds of its one thread, so that a machine that
+A model's parameters, `buffered` pacing, training that does nothing; tasks and updates are really encoded, decoded and
+merged. Every row is a process of its own, and times are CPU seconds of its one thread, so that a machine that
 others use says the same. `us`: microseconds an event (an arrival and the task sent in its place) over the later three
 quarters of the run; `merging`: those spent in the merge itself, which for PR-FL sums the latest models of all clients
 `seen`, by definition; `choosing`: those spent in choosing who trains next, which draws from all that are idle;
-`models`: distinct dense parameter trees alive at most: the versions that tasks in flight have started from.
+`versions`: those that tasks in flight have started from, at most; `models`: how many of them lie in memory.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def nothing(task: Task) -> Update:
     return Update(task.client, task.version, delta, task.mask, 20.0, {"loss": 1.0, "accuracy": 0.5}, signal)
 
 
-def measure(method: str, devices: int, arrivals: int) -> dict[str, Any]:
+def measure(method: str, devices: int, arrivals: int, name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
-    model = models.conv2_mnist()((1, 28, 28), 10)
+    model = models.build(name, (1, 28, 28), 10, seed=0)
     params, architecture = models.values(model), groups.architecture(model, torch.zeros(1, 1, 28, 28))
     speeds = [{"conv": 1e9 * (1 + c % 7), "linear": 1e9 * (1 + c % 7)} for c in range(devices)]
     fleet = [Device("d", speed, 2**33, 1e6, 1e6) for speed in speeds]
@@ -87,7 +87,7 @@ def measure(method: str, devices: int, arrivals: int) -> dict[str, Any]:
     m = table.method(method, table.config.work({"steps": 1}))
     merge, choose = Timed(m.merge), Timed(selector.random())
     m = replace(m, merge=merge)
-    counted, alive, most = 0, [ref(next(iter(params.values())))], 1
+    counted, alive, most, there = 0, [ref(next(iter(params.values())))], 1, 1
     marks: list[tuple[float, int, float, float]] = []
     seen = set()
 
@@ -100,9 +100,10 @@ def measure(method: str, devices: int, arrivals: int) -> dict[str, Any]:
                 marks.append((time.process_time(), counted, merge.took[0], choose.took[0]))
 
     def keep(state: State) -> None:
-        nonlocal alive, most
+        nonlocal alive, most, there
         alive = [r for r in alive if r() is not None] + [ref(next(iter(state.params.values())))]
         most = max(most, len(alive))
+        there = max(there, sum(v.untyped_storage().filename is None for r in alive if (v := r()) is not None))
 
     def stop(state: State, now: float) -> bool:
         return counted >= arrivals
@@ -120,7 +121,8 @@ def measure(method: str, devices: int, arrivals: int) -> dict[str, Any]:
         "us": 1e6 * spent / events,
         "merging": 1e6 * merging / events,
         "choosing": 1e6 * choosing / events,
-        "models": most,
+        "versions": most,
+        "models": there,
         "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
@@ -129,21 +131,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arrivals", type=int, default=1_000)
     parser.add_argument("--methods", nargs="+", default=["fedbuff", "pr_fl"])
+    parser.add_argument("--model", choices=models.TABLE, default="conv2_mnist")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     print(
-        f"{'method':<9}{'devices':>8}{'in flight':>10}{'seen':>6}{'us':>8}{'merging':>9}{'choosing':>9}{'models':>8}"
-        f"{'peak MiB':>10}"
+        f"{'method':<9}{'devices':>8}{'in flight':>10}{'seen':>6}{'us':>8}{'merging':>9}{'choosing':>9}{'versions':>9}"
+        f"{'models':>8}{'peak MiB':>10}"
     )
     rows, spawn = [], get_context("spawn")
     for method in options.methods:
         for devices in FLEETS:
             with ProcessPoolExecutor(1, mp_context=spawn) as own:
-                r = own.submit(measure, method, devices, options.arrivals).result()
+                r = own.submit(measure, method, devices, options.arrivals, options.model).result()
             rows.append(r)
             print(
                 f"{method:<9}{devices:>8}{r['in flight']:>10}{r['seen']:>6}{r['us']:>8.0f}{r['merging']:>9.0f}"
-                f"{r['choosing']:>9.0f}{r['models']:>8}{r['peak MiB']:>10.0f}",
+                f"{r['choosing']:>9.0f}{r['versions']:>9}{r['models']:>8}{r['peak MiB']:>10.0f}",
                 flush=True,
             )
     for method in options.methods:

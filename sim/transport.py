@@ -14,10 +14,13 @@ from prfl import cost, residual
 from prfl.codec import Codec, Layout, Refused
 from prfl.cut import Ranking
 from prfl.masks import Mask
+from prfl.shelf import Shelf
 from prfl.types import GIVEN_UP, Architecture, Arrival, Task, Tree, Update, Work
 from sim.devices import Device, draw
 from sim.network import Network
 from sim.workers import Failed, Workers
+
+ROOM = 2**28  # bytes in memory of the newest updates on their way
 
 Parts = Callable[[Task, bool], Sequence[tuple[Hashable, int]]]
 """What goes down for a task: keys of contents and their bytes. True: the mask is the last one that the client got."""
@@ -70,6 +73,7 @@ class VirtualTransport:
         self._come_and_go = any(device.availability for device in fleet)
         self._awaited = 0
         self._holds: WeakValueDictionary[int, Mask] = WeakValueDictionary()  # the mask each client received last
+        self._shelf = Shelf(room=ROOM)  # of what was made for one task: rounded parameters, and updates on their way
         self._carry: dict[int, Tree] = {}  # error feedback of lossy codecs, as every client keeps it
         self._flops: WeakKeyDictionary[Mask, dict[tuple[bool, int, bool], dict[str, float]]] = WeakKeyDictionary()
         self._bytes: WeakKeyDictionary[Mask, dict[Work, float]] = WeakKeyDictionary()
@@ -141,6 +145,7 @@ class VirtualTransport:
         """The task with the kept parameters as a lossy codec delivers them."""
         got = self._codec.decode_task(self._codec.encode_task(task, self._layout), self._layout).params
         kept = {k: task.mask.scatter(k, task.mask.gather(k, got[k]), v) for k, v in task.params.items()}
+        self._shelf.add(kept)
         return replace(task, params=kept)
 
     def _train(self, number: int, job: _Job) -> None:
@@ -153,6 +158,7 @@ class VirtualTransport:
                 job.update, job.bytes_up, carry = self._codec.deliver(
                     update, job.task, self._layout, carry=self._carry.get(client)
                 )
+                self._shelf.add(job.update.delta)
                 if carry is not None:
                     self._carry[client] = carry
                 self._holds[client] = job.update.mask  # the task's, or what the client made of it

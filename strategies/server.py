@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prfl import masks
+from prfl.shelf import Shelf
 from prfl.types import GIVEN_UP, Arrival, Selector, State, Transport
 from strategies import limits
 from strategies import selector as selectors
@@ -54,9 +55,11 @@ def serve(
     """Run until `stop(state, now)`; the last merged state.
 
     `evaluate` is called after every merge and answers None when no evaluation is due; `keep` gets every merged state.
+    Of the parameters that tasks under way began with, all but the newest lie on disk (`prfl.shelf`).
     Every draw comes from `state.seed` and the number of tasks sent, so a resumed run draws as an unbroken one.
     """
-    chosen = selector or selectors.random()
+    chosen, shelf = selector or selectors.random(), Shelf()
+    shelf.add(state.params)
     if state.selector is None:
         state = replace(state, selector=chosen.init())
     for client in _without(state):
@@ -97,6 +100,7 @@ def serve(
             held = [a.update.mask for a in arrivals if a.update is not None]
             cover = {"coverage": masks.covered(held, state.params), "covering": masks.covering(held, state.params)}
             state = method.step(state, arrivals)
+            shelf.add(state.params)
             event = {"kind": "merge", "at": transport.now(), "version": state.version, "updates": ready}
             log(event | cover)
             arrivals, ready, opened = [], 0, transport.now()
