@@ -111,7 +111,9 @@ def test_shapes_of_both_axes(size: int, taps: int, padding: int) -> None:
         (20, 17, 34, 14, 5, 2, True),
         (20, 32, 64, 12, 5, 0, True),
         (20, 32, 64, 28, 5, 2, True),
+        (20, 32, 64, 7, 5, 2, True),
         (20, 16, 32, 14, 7, 3, True),
+        (20, 32, 64, 6, 5, 2, False),  # little work
         (5, 32, 64, 14, 5, 2, False),  # few images a kernel
         (20, 16, 32, 14, 5, 2, False),  # even
         (20, 1, 32, 28, 5, 2, False),
