@@ -90,8 +90,8 @@ def lent(net: nn.Module, device: torch.device) -> Iterator[None]:
 def worth(images: torch.Size, kernels: torch.Size, padding: tuple[int, int]) -> bool:
     """Whether frequencies are quicker, as `bench/spectral.py` found.
 
-    Kernels of 5x5 or more (of 3x3 they are slower at the batches that clients train on), 40 million multiplications, and
-    2.35 times as many as ours. images: (B, C, H, W); kernels: (O, C, h, w).
+    Kernels of 5x5 or more (of 3x3 they are slower at the batches that clients train on), 40 million multiplications,
+    and 2.35 times as many as ours. images: (B, C, H, W); kernels: (O, C, h, w).
     """
     if prod(kernels[2:]) < 25:
         return False
