@@ -75,9 +75,10 @@ def _planar(matrix: Tensor) -> Tensor:
 def lent(net: nn.Module, device: torch.device) -> Iterator[None]:
     """While it lasts, the network's convolutions go by frequencies where that is quicker.
 
-    None on a GPU, and where torch comes without MKL.
+    That was measured on processors with AVX2 and without AVX-512: all others, and GPUs, are left to torch.
     """
-    layers = [m for m in net.modules() if type(m) is nn.Conv2d and _plain(m)] if measured(device) else []
+    able = measured(device) and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    layers = [m for m in net.modules() if able and type(m) is nn.Conv2d and _plain(m)]
     try:
         for layer in layers:
             vars(layer)["forward"] = partial(_forward, layer)

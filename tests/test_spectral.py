@@ -27,7 +27,8 @@ DATA = Samples(
     torch.randn(44, 1, 28, 28, generator=torch.Generator().manual_seed(1)),
     torch.randint(0, 10, (44,), generator=torch.Generator().manual_seed(2)),
 )
-quick = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch comes without MKL here")
+AVX2 = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+quick = pytest.mark.skipif(not AVX2, reason="not measured on such a processor")
 
 
 def task(work: Work, mask: Mask = DENSE) -> Task:
@@ -202,7 +203,10 @@ def test_other_layers_are_left_to_the_library(layer: nn.Module) -> None:
         assert "forward" not in vars(layer)
 
 
-def test_a_gpu_is_left_to_its_library() -> None:
+def test_what_was_not_measured_is_left_to_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Conv2d(32, 64, 5)
     with spectral.lent(layer, torch.device("cuda")):
+        assert "forward" not in vars(layer)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    with spectral.lent(layer, CPU):
         assert "forward" not in vars(layer)
