@@ -132,7 +132,7 @@ def _renewed(state: State, arrivals: Sequence[Arrival], staleness: Staleness, we
     found: dict[Mask, Tensor | None] = {}
     for a, u in ordered(arrivals):
         if u.mask not in found:
-            at = _places(u.mask, state.params)
+            at = u.mask.places(state.params)
             same = (have for have in known.values() if at is not None and torch.equal(have, at))
             found[u.mask] = at = next(same, at)
             known |= {id(at): at} if at is not None else {}
@@ -140,17 +140,6 @@ def _renewed(state: State, arrivals: Sequence[Arrival], staleness: Staleness, we
         packed = torch.cat([values[k] for k in sorted(values)])
         cache[a.task.client] = Cached(found[u.mask], packed, weight(u, weigh), a.task.version, staleness(age))
     return cache
-
-
-def _places(mask: Mask, params: Tree) -> Tensor | None:
-    """Where the kept values lie, as `Cached` has it."""
-    if all(mask.whole(k) for k in params):
-        return None
-    sizes = [params[k].numel() for k in sorted(params)]
-    parts = torch.split(torch.arange(sum(sizes), dtype=torch.int32), sizes)
-    return torch.cat(
-        [mask.gather(k, part.view(params[k].shape)) for k, part in zip(sorted(params), parts, strict=True)]
-    )
 
 
 def _votes(state: State, cache: Mapping[int, Cached], age: Age, staleness: Staleness) -> list[tuple[Cached, float]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prfl.arrivals import ordered
-from prfl.masks import Mask, nested, prunable
+from prfl.masks import Mask, prunable
+from prfl.overlap import nested
 from prfl.types import Arrival, State, Task
 
 Masks = Mapping[int, Mask]

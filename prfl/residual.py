@@ -12,7 +12,8 @@ from torch import Tensor
 
 from prfl.bitstream import Layout, Refused, decode_mask, digest, encode_mask, name_mask
 from prfl.envelope import INCREMENT, Values, open_values, seal, seal_values, unseal
-from prfl.masks import Mask, nested
+from prfl.masks import Mask
+from prfl.overlap import nested
 from prfl.types import Tree
 
 _FIELDS = Struct("<QQ8s")  # version, rank, digest of the mask before

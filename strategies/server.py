@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prfl import masks
+from prfl import overlap
 from prfl.shelf import Shelf
 from prfl.types import GIVEN_UP, Arrival, Selector, State, Transport
 from strategies import limits
@@ -98,7 +98,7 @@ def serve(
         if ready and (over or ready >= pacing.goal or not transport.busy()):
             state = replace(state, selector=chosen.tell(state, arrivals))
             held = [a.update.mask for a in arrivals if a.update is not None]
-            cover = {"coverage": masks.covered(held, state.params), "covering": masks.covering(held, state.params)}
+            cover = {"coverage": overlap.covered(held, state.params), "covering": overlap.covering(held, state.params)}
             state = method.step(state, arrivals)
             shelf.add(state.params)
             event = {"kind": "merge", "at": transport.now(), "version": state.version, "updates": ready}

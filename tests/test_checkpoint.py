@@ -26,7 +26,8 @@ from prfl import checkpoint, config, density, merge, nodes
 from prfl.cache import Cached
 from prfl.config import Experiment
 from prfl.cut import Cut, Ranking
-from prfl.masks import Mask, nested
+from prfl.masks import Mask
+from prfl.overlap import nested
 from prfl.recovery import Plateau
 from prfl.store import model_sha256
 from prfl.types import Arrival, Group, Member, State

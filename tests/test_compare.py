@@ -336,12 +336,12 @@ def test_a_sink_hears_nothing_of_single_tasks() -> None:
 
 
 def test_a_union_of_masks_covers_what_any_of_them_holds() -> None:
-    from prfl import masks
+    from prfl import masks, overlap
 
     params = {"w": torch.zeros(2, 4), "b": torch.zeros(4)}
     left = masks.Mask({"w": torch.tensor([[True, True, False, False]] * 2)})
     odd = masks.Mask({"w": torch.tensor([[True, False, True, False]] * 2)})
-    assert masks.covered([left], params) == 0.5
-    assert masks.covered([left, odd, left], params) == 0.75
-    assert masks.covered([left, masks.DENSE], params) == 1.0
-    assert masks.covered([], params) == 0.0
+    assert overlap.covered([left], params) == 0.5
+    assert overlap.covered([left, odd, left], params) == 0.75
+    assert overlap.covered([left, masks.DENSE], params) == 1.0
+    assert overlap.covered([], params) == 0.0

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prfl.cut import Cut, erk, n_of_m
-from prfl.masks import Mask, nested
+from prfl.masks import Mask
+from prfl.overlap import nested
 from prfl.saliency import order
 from prfl.types import Group, Member, Tree
 

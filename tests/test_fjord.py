@@ -18,7 +18,8 @@ from clients.train import train
 from prfl import cost, models
 from prfl.cut import Cut
 from prfl.groups import architecture
-from prfl.masks import DENSE, Mask, nested
+from prfl.masks import DENSE, Mask
+from prfl.overlap import nested
 from prfl.samples import Samples
 from prfl.types import Arrival, Group, Member, Task, Tree, Update, Work
 from prfl.widths import ladder, leading

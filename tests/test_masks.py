@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prfl.cut import Cut
-from prfl.masks import DENSE, Mask, coverage, distance, nested, positions, prunable, union
+from prfl.masks import DENSE, Mask, positions, prunable
+from prfl.overlap import coverage, distance, nested, union
 from prfl.types import Group, Member, Tree
 
 laws = settings(max_examples=60, deadline=None)
@@ -152,6 +153,23 @@ def test_density_is_the_kept_share_of_weights_with_two_axes(world: tuple[Tree, l
     flags = [v for k, v in dense(mask, params).items() if params[k].dim() > 1]
     assert mask.density(params) == sum(int(f.sum()) for f in flags) / sum(f.numel() for f in flags)
     assert DENSE.density(params) == 1.0
+
+
+@given(worlds())
+@laws
+def test_places_of_a_whole_model(world: tuple[Tree, list[Mask]]) -> None:
+    params, (mask,) = world
+    at = mask.places(params)
+    if all(mask.whole(k) for k in params):
+        assert at is None
+        return
+    flat = torch.cat([params[k].flatten() for k in sorted(params)])
+    want = torch.cat([mask.gather(k, params[k]) for k in sorted(params)])
+    assert at is not None
+    assert torch.equal(flat[at.long()], want)
+    assert at.dtype == torch.int32
+    assert mask.places(params) is at
+    assert all(list(mask.sides(k)) == sorted(mask.sides(k)) for k in params)  # whole rows are cut first
 
 
 def test_a_model_without_weights_to_cut_is_whole() -> None:

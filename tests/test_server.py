@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from world import CLIENTS, PACINGS, WORK, World, method
 
 from prfl import merge, models
-from prfl.masks import nested
+from prfl.overlap import nested
 from prfl.store import model_sha256
 from prfl.types import GIVEN_UP, State, Task, Tree, Update, Work
 from sim.devices import Device

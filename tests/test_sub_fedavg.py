@@ -19,7 +19,8 @@ from clients.train import train
 from prfl import models
 from prfl.codec import Codec, Layout
 from prfl.groups import architecture
-from prfl.masks import DENSE, Mask, nested
+from prfl.masks import DENSE, Mask
+from prfl.overlap import nested
 from prfl.samples import Samples
 from prfl.types import Arrival, State, Task, Tree, Update, Work
 from sim.transport import Downlink

@@ -17,7 +17,8 @@ from world import CLIENTS, WORK, World, method
 
 from prfl import models
 from prfl.cut import Cut
-from prfl.masks import DENSE, Mask, coverage, covering
+from prfl.masks import DENSE, Mask
+from prfl.overlap import coverage, covering
 from prfl.regions import QUARTERS
 from prfl.types import Group, Member, Tree
 from sim.run import simulate
