@@ -117,6 +117,8 @@ class fed_avg:
         return None
 
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, None]:
+        if all(a.update is None or a.update.mask.dense for a in arrivals):  # the same, and weights need not be made
+            return gradient_avg(self.staleness, self.weigh)(state, arrivals)
         votes = shares(state, arrivals, self.staleness, self.weigh)
         terms = ((u.mask, local(t, u), a, a) for t, u, a in votes)
         mean, count = average(state.params, terms, sum(a for *_, a in votes))
