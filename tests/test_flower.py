@@ -796,7 +796,7 @@ def test_flwr_run_is_prfl_run_to_the_bit(flower: dict[str, str], tmp_path: Path)
         call = ["flwr", "run", ".", "--run-config", given, "--federation-config", size]
         told = subprocess.run(call, cwd=ROOT, env=flower, capture_output=True, text=True, timeout=120, check=False)
         assert told.returncode == 0, told.stdout + told.stderr
-    until = time.monotonic() + 240
+    until = time.monotonic() + 480
     waiting = set(RUNS)
     while waiting and time.monotonic() < until:
         time.sleep(0.5)
