@@ -108,13 +108,13 @@ def _write(file: BinaryIO, tensors: Sequence[Tensor], structure: str) -> None:
     if len(text) > LARGEST:
         raise ValueError(f"checkpoint: {len(text)} bytes of structure, {LARGEST} is the most; keep numbers in tensors")
     crc = 0
-    for piece in chain([len(text).to_bytes(8, "little"), text], (_bytes(tensors[i]) for i in order)):
+    for piece in chain([len(text).to_bytes(8, "little"), text], (buffer(tensors[i]) for i in order)):
         file.write(piece)
         crc = crc32(piece, crc)
     file.write(crc.to_bytes(4, "little"))
 
 
-def _bytes(tensor: Tensor) -> Any:
+def buffer(tensor: Tensor) -> Any:
     """The tensor's values as a buffer; a view of it where it is contiguous."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 

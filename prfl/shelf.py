@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from prfl.checkpoint import buffer
 from prfl.types import Tree
 
 ALIGNED = 64  # bytes: where tensors begin in a file
@@ -57,7 +58,7 @@ def _move(tensors: list[Tensor]) -> None:
     with NamedTemporaryFile(prefix="prfl-") as file:
         for v, start in zip(tensors, starts, strict=True):
             file.seek(start)
-            file.write(v.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write(buffer(v))
         file.truncate(end)
         file.flush()
         mapped = torch.from_file(file.name, shared=True, size=end, dtype=torch.uint8)

@@ -158,7 +158,8 @@ class VirtualTransport:
                 job.update, job.bytes_up, carry = self._codec.deliver(
                     update, job.task, self._layout, carry=self._carry.get(client)
                 )
-                self._shelf.add(job.update.delta)
+                for tree in filter(None, (job.update.delta, job.update.signal)):
+                    self._shelf.add(tree)
                 if carry is not None:
                     self._carry[client] = carry
                 self._holds[client] = job.update.mask  # the task's, or what the client made of it

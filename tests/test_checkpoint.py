@@ -43,7 +43,7 @@ def same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and checkpoint._bytes(a) == checkpoint._bytes(b)
+        return a.dtype == b.dtype and a.shape == b.shape and checkpoint.buffer(a) == checkpoint.buffer(b)
     if isinstance(a, np.ndarray | np.generic):
         return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     if isinstance(a, float):

@@ -6,18 +6,20 @@ import gc
 import os
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from world import World, method
+from world import WORK, World, method
 
 from prfl import shelf
 from prfl.codec import Codec
+from prfl.masks import DENSE
 from prfl.shelf import Shelf
 from prfl.store import model_sha256
-from prfl.types import State, Tree
+from prfl.types import State, Task, Tree
 from strategies.pacing import buffered
 from strategies.server import serve
 
@@ -135,6 +137,22 @@ def test_without_room_on_the_disk_all_stays_in_memory(folder: Path) -> None:
         assert not list(folder.iterdir())
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_all_that_an_update_brings_waits_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.transport.ROOM", 0)
+    world = World(clients=12)
+    transport, work = world.transport(), replace(WORK, report="gradient2")
+    for client in range(12):
+        transport.send(Task(client, 0, world.params, DENSE, work, client))
+    updates = []
+    while arrival := transport.wait():
+        assert arrival.update is not None
+        assert arrival.update.signal is not None
+        updates.append(arrival.update)
+    for tree in (updates[0].delta, updates[0].signal or {}):
+        assert tree
+        assert all(map(on_disk, tree.values()))
 
 
 @pytest.mark.parametrize("codec", [Codec(), Codec("int8")], ids=["float32", "int8"])
