@@ -41,7 +41,10 @@ class Sent:
 
 @dataclass
 class Polling:
-    """How often answers were looked for, and the seconds between two looks: an answer lies there half as long."""
+    """How often answers were looked for in vain, and the seconds until the next look: an answer lies there half as long.
+
+    All 0 where every look found one.
+    """
 
     looks: int = 0
     mean: float = 0.0

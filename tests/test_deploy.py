@@ -85,7 +85,7 @@ def test_three_nodes_learn_to_read_digits(federation: Federation, tmp_path: Path
     assert summary["test_accuracy"] >= 0.90
     assert summary["failed_updates"] == 0
     assert set(summary["updates_by_class"]) == {"kind0", "kind1", "kind2"}
-    assert 0 < summary["poll_seconds_mean"] <= summary["poll_seconds_longest"] <= 1
+    assert 0 <= summary["poll_seconds_mean"] <= summary["poll_seconds_longest"] <= 1  # 0: no look was in vain
     assert "validation" in out.read_text()
     assert counted(folder) == summary["client_updates"]
     assert subprocess.run([*COMMAND, "resume", str(folder)], capture_output=True, text=True).stdout.endswith("end\n")
