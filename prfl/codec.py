@@ -37,7 +37,7 @@ class Codec:
     """How values travel. A receiver reads every kind, whatever its own setting; both sides give the same `Layout`.
 
     float32: exact. float16: scaled by a power of two per entry, so that none overflows; off by at most 2^-11 of the
-    value or 2^-39 of the entry's largest. int8: steps of 1/127 of the entry's largest, rounded up or down at random
+    value or 2^-39 of the entry's largest. int8: steps of a 127th of the entry's largest, rounded up or down at random
     from the task's seed: unbiased, off by less than a step (QSGD, Alistarh et al. 2017, section 3.1; the largest in
     place of the norm is ours).
     """
@@ -107,8 +107,8 @@ class Codec:
             lost = torch.as_tensor(code).float().mul_(-scale).add_(v)
             if not isfinite(lost.sum().item()):  # NaN and Inf are no fault of the rounding
                 lost.nan_to_num_(0, 0, 0)
-            before = torch.zeros(shape) if carry is None else carry[k]
-            withheld[k] = lost.view(shape) if mask.whole(k) else mask.scatter(k, lost, before)
+            before = torch.zeros(shape) if carry is None else carry[k].clone()
+            withheld[k] = lost.view(shape) if mask.whole(k) else mask.put(k, lost, before)
         return data, withheld
 
     def decode_update(self, data: bytes, task: Task, layout: Layout) -> Update:

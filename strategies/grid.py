@@ -41,9 +41,9 @@ class Sent:
 
 @dataclass
 class Polling:
-    """How often answers were looked for in vain, and the seconds until the next look: an answer lies there half as long.
+    """How often answers were looked for in vain, and the seconds until the next look; 0 where every look found one.
 
-    All 0 where every look found one.
+    An answer lies there half as long.
     """
 
     looks: int = 0

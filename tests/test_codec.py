@@ -8,7 +8,6 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import fields, replace
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from prfl.bitstream import ABSENT, Reader, decode_mask, decode_set, encode_mask, encode_set
 from prfl.codec import Codec, Layout, Refused, digest
-from prfl.envelope import TASK, seal, seal_values, unseal
+from prfl.envelope import TASK, checksum, seal, seal_values, unseal
 from prfl.masks import DENSE, Mask
 from prfl.types import Group, Member, Task, Tree, Update, Work
 
@@ -95,7 +94,7 @@ def kept(params: Tree, mask: Mask) -> Tree:
 
 def fixed(data: bytes) -> bytes:
     """With the checksum that an attacker would compute."""
-    return data[:-4] + struct.pack("<I", crc32(data[:-4]))
+    return data[:-4] + checksum(data[:-4])
 
 
 def entropy(p: float) -> float:
@@ -564,8 +563,8 @@ def test_messages_for_others_are_refused() -> None:
         codec.decode_update(data, task, Layout.of(MODEL))
     with pytest.raises(Refused, match="a task was expected, not an update"):
         codec.decode_task(data, LAYOUT)
-    with pytest.raises(Refused, match="format 2"):
-        codec.decode_update(fixed(data[:4] + b"\2" + data[5:]), task, LAYOUT)
+    with pytest.raises(Refused, match="format 1, this side speaks 2"):
+        codec.decode_update(fixed(data[:4] + b"\1" + data[5:]), task, LAYOUT)
     with pytest.raises(Refused, match="not a message"):
         codec.decode_update(b"PK\3\4" + data[4:], task, LAYOUT)
     with pytest.raises(Refused, match="checksum"):

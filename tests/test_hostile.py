@@ -11,7 +11,6 @@ import tracemalloc
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from world import OPTIONS
 
 from clients import memory
 from prfl.codec import Codec, Layout
-from prfl.envelope import UPDATE, seal, unseal
+from prfl.envelope import UPDATE, checksum, seal, unseal
 from prfl.masks import Mask
 from prfl.records import RAISED, pack, unpack
 from prfl.types import Arrival, State, Task, Tree, Update, Work
@@ -62,7 +61,7 @@ def right(message: Message) -> Message:
 
 def fixed(data: bytes) -> bytes:
     """With the checksum that an attacker would compute."""
-    return data[:-4] + struct.pack("<I", crc32(data[:-4]))
+    return data[:-4] + checksum(data[:-4])
 
 
 def sections(data: bytes) -> list[bytes]:
@@ -121,7 +120,7 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "half": (lambda d: pack(fixed(d[: len(d) // 2])), "^truncated"),
     "oversized": (lambda d: pack(d + bytes(30 * 2**20)), "^31457280 bytes too many$"),
     "oversized and sealed": (with_section(3, bytes(30 * 2**20)), "^values: "),
-    "another format": (lambda d: pack(fixed(d[:4] + b"\2" + d[5:])), "^format 2, this side speaks 1$"),
+    "another format": (lambda d: pack(fixed(d[:4] + b"\1" + d[5:])), "^format 1, this side speaks 2$"),
     "another kind": (lambda d: pack(fixed(d[:5] + b"\0" + d[6:])), "^an update was expected, not a task$"),
     "no such kind": (lambda d: pack(fixed(d[:5] + b"\xff" + d[6:])), "^an update was expected, not 255$"),
     "another model": (lambda d: pack(fixed(d[:8] + bytes(8) + d[16:])), "^another model$"),
