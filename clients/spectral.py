@@ -133,8 +133,15 @@ def _forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return out if layer.bias is None else out + layer.bias[:, None, None]
 
 
+def _room(like: Tensor, columns: Bilinear, batch: int, inputs: int, outputs: int) -> list[tuple[Tensor, Tensor]]:
+    """For spectra of images, kernels and results: a matrix a frequency, and the same with a row a frequency."""
+    sides = ((batch, inputs), (inputs, outputs), (batch, outputs))
+    places = [like.new_empty(len(columns.input), *side) for side in sides]
+    return [(place, place.flatten(1)) for place in places]
+
+
 class _Correlation(torch.autograd.Function):
-    """One row frequency at a time, whose spectra stay in the processor's cache; made anew for the gradients."""
+    """One row frequency at a time, in places that stay in the processor's cache; made anew for the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -143,9 +150,12 @@ class _Correlation(torch.autograd.Function):
         xs = (rows.input @ x.permute(2, 3, 0, 1).flatten(1)).view(-1, 2 * width, batch * inputs)
         ws = (rows.kernel @ weight.permute(2, 3, 1, 0).flatten(1)).view(-1, 2 * taps[1], inputs * outputs)
         ys = x.new_empty(len(xs), len(columns.output), batch * outputs)
+        (a, a_), (b, b_), (c, c_) = _room(x, columns, batch, inputs, outputs)
         for u, v, y in zip(xs, ws, ys, strict=True):
-            a, b = (columns.input @ u).view(-1, batch, inputs), (columns.kernel @ v).view(-1, inputs, outputs)
-            torch.mm(columns.output, torch.bmm(a, b).view(-1, batch * outputs), out=y)
+            torch.mm(columns.input, u, out=a_)
+            torch.mm(columns.kernel, v, out=b_)
+            torch.bmm(a, b, out=c)
+            torch.mm(columns.output, c_, out=y)
         ctx.save_for_backward(xs, ws)
         ctx.rows, ctx.columns = rows, columns
         ctx.shape, ctx.taps = x.shape, taps
@@ -158,11 +168,17 @@ class _Correlation(torch.autograd.Function):
         (batch, inputs, *size), outputs, taps = ctx.shape, slope.shape[1], ctx.taps
         ys = (rows.output.T @ slope.permute(2, 3, 0, 1).flatten(1)).view(len(xs), -1, batch * outputs)
         to_x, to_w = torch.empty_like(xs), torch.empty_like(ws)
+        (a, a_), (b, b_), (c, c_) = _room(slope, columns, batch, inputs, outputs)
+        (da, da_), (db, db_), _ = _room(slope, columns, batch, inputs, outputs)
+        back, a_t, b_t = [matrix.T for matrix in columns], a.mT, b.mT
         for u, v, y, du, dv in zip(xs, ws, ys, to_x, to_w, strict=True):
-            a, b = (columns.input @ u).view(-1, batch, inputs), (columns.kernel @ v).view(-1, inputs, outputs)
-            c = (columns.output.T @ y).view(-1, batch, outputs)
-            torch.mm(columns.kernel.T, torch.bmm(a.mT, c).view(-1, inputs * outputs), out=dv)
-            torch.mm(columns.input.T, torch.bmm(c, b.mT).view(-1, batch * inputs), out=du)
+            torch.mm(columns.input, u, out=a_)
+            torch.mm(columns.kernel, v, out=b_)
+            torch.mm(back[2], y, out=c_)
+            torch.bmm(a_t, c, out=db)
+            torch.mm(back[1], db_, out=dv)
+            torch.bmm(c, b_t, out=da)
+            torch.mm(back[0], da_, out=du)
         dx = (rows.input.T @ to_x.view(2 * len(xs), -1)).view(*size, batch, inputs).permute(2, 3, 0, 1)
         dw = (rows.kernel.T @ to_w.view(2 * len(ws), -1)).view(*taps, inputs, outputs).permute(3, 2, 0, 1)
         last = torch.channels_last
