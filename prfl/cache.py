@@ -91,7 +91,7 @@ class buff_mask_fed_avg:
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, Mapping[int, Cached]]:
         cache = _renewed(state, arrivals, self.staleness, self.weigh)
         total, count = _sums(state, _votes(state, cache, self.age, self.staleness))
-        return _kept(state, total / count, count), cache
+        return _kept(state, total.div_(count), count), cache
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class buff_fed_avg:
         cache = _renewed(state, arrivals, self.staleness, self.weigh)
         votes = _votes(state, cache, self.age, self.staleness)
         total, count = _sums(state, votes)
-        return _kept(state, total / sum(a for _, a in votes), count), cache
+        return _kept(state, total.div_(sum(a for _, a in votes)), count), cache
 
 
 def normalised(values: Mapping[int, float]) -> dict[int, float]:
@@ -130,16 +130,24 @@ def _renewed(state: State, arrivals: Sequence[Arrival], staleness: Staleness, we
     cache: dict[int, Cached] = dict(state.merge)
     known = {id(c.at): c.at for c in cache.values() if c.at is not None}  # the places that clients share
     found: dict[Mask, Tensor | None] = {}
+    flat: dict[int, Tensor] = {}  # the models that tasks began with
     for a, u in ordered(arrivals):
         if u.mask not in found:
             at = u.mask.places(state.params)
             same = (have for have in known.values() if at is not None and torch.equal(have, at))
             found[u.mask] = at = next(same, at)
             known |= {id(at): at} if at is not None else {}
-        values, age = local(a.task, u), state.version - a.task.version
-        packed = torch.cat([values[k] for k in sorted(values)])
-        cache[a.task.client] = Cached(found[u.mask], packed, weight(u, weigh), a.task.version, staleness(age))
+        at, whole, age = found[u.mask], id(a.task.params), state.version - a.task.version
+        if whole not in flat:
+            flat[whole] = _flat(a.task.params)
+        values = _flat(u.delta).add_(flat[whole] if at is None else flat[whole].index_select(0, at))
+        cache[a.task.client] = Cached(at, values, weight(u, weigh), a.task.version, staleness(age))
     return cache
+
+
+def _flat(tree: Tree) -> Tensor:
+    """All values end to end, entries in the order of their names."""
+    return torch.cat([tree[k].reshape(-1) for k in sorted(tree)])
 
 
 def _votes(state: State, cache: Mapping[int, Cached], age: Age, staleness: Staleness) -> list[tuple[Cached, float]]:
