@@ -68,6 +68,7 @@ class Work:
     weight_decay: float = 0.0
     proximal: float = 0.0  # FedProx's mu
     clip: float = 0.0  # largest gradient norm; 0: off
+    fast: bool = True  # the quickest arithmetic; false: torch's own layers, one client at a time, which round otherwise
     sparse: bool = False  # products of large linear layers skip masked weights where that is quicker; rounds otherwise
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     absent: Literal["train", "zero"] = "train"  # zero: logits of classes the client lacks are 0 (HeteroFL)

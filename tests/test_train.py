@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -124,6 +125,28 @@ def test_convolutions_equal_the_textbook_loop(option: str) -> None:
     model, data = cnn(norm=True), samples(12, 1, 6, 6)
     job = task(model, OPTIONS[option], sparse(model))
     close(train(job, cnn(norm=True), data).delta, job, textbook(job, cnn(norm=True), data), 1e-5)
+
+
+@pytest.mark.parametrize("option", ["epochs", "steps", "batch", "momentum", "weight_decay"])
+@pytest.mark.parametrize("build", [mlp, cnn, lambda: cnn(norm=True)], ids=["mlp", "cnn", "norm"])
+def test_without_fast_it_is_the_textbook_loop_to_the_bit(option: str, build: Callable[[], nn.Module]) -> None:
+    shape = (1, 3, 3) if build is mlp else (1, 6, 6)
+    data, job = samples(12, *shape), task(build(), replace(OPTIONS[option], fast=False))
+    wanted = textbook(job, build(), data)
+    assert same(train(job, build(), data).delta, {k: (v - job.params[k]).flatten() for k, v in wanted.items()})
+
+
+@pytest.mark.parametrize("name", ["mlp", "two_cnn", "conv2_mnist", "lenet5"])
+def test_fast_rounds_otherwise_and_no_more(name: str) -> None:
+    model, data = models.build(name, (1, 28, 28), 10, seed=0), samples(40, 1, 28, 28, classes=10)
+    quick = train(task(model, Work(lr=0.05)), model, data)
+    plain = train(task(model, Work(lr=0.05, fast=False)), model, data)
+    # what BatchNorm takes away again moves by rounding alone
+    noise = {"conv1.bias", "bn1.bias", "conv2.bias"} if name == "conv2_mnist" else set()
+    for k in plain.delta.keys() - noise:
+        v = plain.delta[k]
+        torch.testing.assert_close(quick.delta[k], v, rtol=0, atol=1e-4 * float(v.abs().max()), msg=k)
+    assert quick.metrics == pytest.approx(plain.metrics, rel=1e-5)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
