@@ -142,7 +142,7 @@ def _addresses(nodes: Mapping[int, str]) -> dict[int, str]:
     """By actor, the address of its node."""
     import ray
 
-    known = {found["NodeID"]: found["NodeManagerAddress"] for found in ray.nodes()}
+    known = {found["NodeID"]: found["NodeManagerAddress"] for found in ray.nodes()}  # type: ignore[no-untyped-call]
     return {actor: known[node] for actor, node in nodes.items()}
 
 

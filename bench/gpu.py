@@ -31,7 +31,7 @@ def problem(name: str) -> Problem:
     count = CLIENTS * SAMPLES
     samples = Samples(torch.randn(count, *SHAPE, generator=draw), torch.randint(CLASSES, (count,), generator=draw))
     model = models.build(name, SHAPE, CLASSES, 0, MODELS[name])
-    parts = list(torch.arange(count).split(SAMPLES))
+    parts = list(torch.split(torch.arange(count), SAMPLES))
     return Problem(model, Dataset("random", samples, samples, CLASSES), samples, parts, Noise(), 0)
 
 

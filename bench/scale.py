@@ -27,7 +27,7 @@ from weakref import ref
 import numpy as np
 import torch
 
-from prfl import groups, models
+from prfl import config, groups, models
 from prfl.codec import Codec, Layout
 from prfl.types import Arrival, State, Task, Update
 from sim.devices import Device
@@ -84,7 +84,7 @@ def measure(method: str, devices: int, arrivals: int, name: str) -> dict[str, An
     fleet = [Device("d", speed, 2**33, 1e6, 1e6) for speed in speeds]
     layout = Layout.of(params, architecture.groups)
     transport = VirtualTransport(fleet, [20] * devices, Serial(singly(nothing)), links(), Codec(), layout, architecture)
-    m = table.method(method, table.config.work({"steps": 1}))
+    m = table.method(method, config.work({"steps": 1}))
     merge, choose = Timed(m.merge), Timed(selector.random())
     m = replace(m, merge=merge)
     counted, alive, most, there = 0, [ref(next(iter(params.values())))], 1, 1

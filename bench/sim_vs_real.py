@@ -99,11 +99,12 @@ def server(lab: Lab, folder: Path) -> None:
 
 def measure(lab: Lab, folder: Path) -> None:
     """`prfl devices measure` on one device of every kind, within its share of a core from its first word on."""
-    experiment, profiles = HERE / "sim_vs_real.yaml", {}
+    experiment = HERE / "sim_vs_real.yaml"
+    profiles: dict[str, Any] = {}
     runs = {}
     for i, kind in enumerate(KINDS):
-        line = ["devices", "measure", experiment, "--name", kind.name, "--out", folder / f"{kind.name}.yaml"]
-        line += ["--link", SERVER, "--server", GATE, "--key", f"node{i}", "--home", folder / f"node{i}"]
+        line = ["devices", "measure", str(experiment), "--name", kind.name, "--out", str(folder / f"{kind.name}.yaml")]
+        line += ["--link", SERVER, "--server", GATE, "--key", f"node{i}", "--home", str(folder / f"node{i}")]
         runs[i] = start(lab, folder / f"measure-{kind.name}.log", *line, device=i)
     limited(lab, {i: folder / f"measure-{kind.name}.log" for i, kind in enumerate(KINDS)})
     for i, kind in enumerate(KINDS):
@@ -121,8 +122,8 @@ def federation(lab: Lab, folder: Path, versions: int) -> dict[str, float]:
         line = ["deploy", "node", "--server", GATE, "--key", f"node{i}", "--client", str(i), "--profile", kind.name]
         start(lab, logs[i], *line, "--home", folder / f"node{i}", device=i)
     limited(lab, logs)
-    line = ["run", HERE / "sim_vs_real.yaml", "devices={name: real, nodes: 6}", f"stop.versions={versions}"]
-    line += ["--home", folder / "server"]
+    line = ["run", str(HERE / "sim_vs_real.yaml"), "devices={name: real, nodes: 6}", f"stop.versions={versions}"]
+    line += ["--home", str(folder / "server")]
     ours, everybody, at = lab.busy(), ticks(), time.monotonic()
     done = start(lab, folder / "run.log", *line, "--out", folder / "real").wait(400)
     passed = time.monotonic() - at

@@ -75,7 +75,7 @@ def problem(job: Job) -> Problem:
     name, *_ = job.model.values()
     options = {k: v for k, v in job.model.items() if k != "name"}
     model = models.build(str(name), (1, 28, 28), 10, seed=0, options=options)
-    parts = [part.clone() for part in torch.arange(size).split(SAMPLES)]
+    parts = [part.clone() for part in torch.split(torch.arange(size), SAMPLES)]
     return Problem(model, Dataset("random", train, few, 10), few, parts, partition.Noise(), 0)
 
 
@@ -170,7 +170,7 @@ def work(pipe: Connection, given: Problem) -> None:
 def local(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """One epoch of plain SGD."""
     sgd = torch.optim.SGD(model.parameters(), lr=LR)
-    for at in torch.randperm(len(y)).split(BATCH):
+    for at in torch.split(torch.randperm(len(y)), BATCH):
         sgd.zero_grad()
         F.cross_entropy(model(x[at]), y[at]).backward()  # type: ignore[no-untyped-call]
         sgd.step()
