@@ -773,14 +773,13 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 RUNS = {
     "fedavg": [],
-    "fedbuff": ["method=fedbuff"],
     "pr_fl": ["method={name: pr_fl, every: 2, patience: 1}", "pacing.goal=2"],
 }
 
 
 @pytest.mark.slow
 def test_flwr_run_is_prfl_run_to_the_bit(flower: dict[str, str], tmp_path: Path) -> None:
-    """All at once on one SuperLink; under fedavg one of Flower's workers dies on the way."""
+    """Both at once on one SuperLink; under fedavg one of Flower's workers dies on the way."""
     path, mark = tmp_path / "an experiment.yaml", tmp_path / "died"
     path.write_text(yaml.safe_dump(FIELDS))
     for name, overrides in RUNS.items():
@@ -791,7 +790,7 @@ def test_flwr_run_is_prfl_run_to_the_bit(flower: dict[str, str], tmp_path: Path)
             "overrides": " ".join(f'"{o}"' for o in overrides + model),
         }
         given = " ".join(f"{k}='{v}'" for k, v in asked.items())
-        workers = 1 if name == "fedbuff" else 2
+        workers = 1 if name == "pr_fl" else 2
         size = f"num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus={workers}"
         call = ["flwr", "run", ".", "--run-config", given, "--federation-config", size]
         told = subprocess.run(call, cwd=ROOT, env=flower, capture_output=True, text=True, timeout=120, check=False)
