@@ -130,17 +130,17 @@ def _renewed(state: State, arrivals: Sequence[Arrival], staleness: Staleness, we
     cache: dict[int, Cached] = dict(state.merge)
     known = {id(c.at): c.at for c in cache.values() if c.at is not None}  # the places that clients share
     found: dict[Mask, Tensor | None] = {}
-    flat: dict[int, Tensor] = {}  # the models that tasks began with
-    for a, u in ordered(arrivals):
+    began: Tree = {}
+    for a, u in sorted(ordered(arrivals), key=lambda pair: pair[0].task.version):  # one old model at a time
         if u.mask not in found:
             at = u.mask.places(state.params)
             same = (have for have in known.values() if at is not None and torch.equal(have, at))
             found[u.mask] = at = next(same, at)
             known |= {id(at): at} if at is not None else {}
-        at, whole, age = found[u.mask], id(a.task.params), state.version - a.task.version
-        if whole not in flat:
-            flat[whole] = _flat(a.task.params)
-        values = _flat(u.delta).add_(flat[whole] if at is None else flat[whole].index_select(0, at))
+        if a.task.params is not began:
+            began, whole = a.task.params, _flat(a.task.params)
+        at, age = found[u.mask], state.version - a.task.version
+        values = _flat(u.delta).add_(whole if at is None else whole.index_select(0, at))
         cache[a.task.client] = Cached(at, values, weight(u, weigh), a.task.version, staleness(age))
     return cache
 
