@@ -107,8 +107,10 @@ class Codec:
             lost = torch.as_tensor(code).float().mul_(-scale).add_(v)
             if not isfinite(lost.sum().item()):  # NaN and Inf are no fault of the rounding
                 lost.nan_to_num_(0, 0, 0)
-            before = torch.zeros(shape) if carry is None else carry[k].clone()
-            withheld[k] = lost.view(shape) if mask.whole(k) else mask.put(k, lost, before)
+            if mask.whole(k):
+                withheld[k] = lost.view(shape)
+            else:
+                withheld[k] = mask.put(k, lost, torch.zeros(shape) if carry is None else carry[k].clone())
         return data, withheld
 
     def decode_update(self, data: bytes, task: Task, layout: Layout) -> Update:
