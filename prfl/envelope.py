@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64
 
@@ -93,8 +94,9 @@ def seal_values(values: Values, tensors: Iterable[Tensor], seed: Sequence[int]) 
     if values == "float16":
         pairs = [_halve(t) for t in tensors]
     else:
-        rng = np.random.default_rng(seed)
-        pairs = [_quantise(t, rng) for t in tensors]
+        rng, tensors = np.random.default_rng(seed), list(tensors)
+        draws = _draws(rng, min(BLOCK, max(map(len, tensors), default=0)))
+        pairs = [_quantise(t, draws, rng) for t in tensors]
     return [code, np.array([s for s, _ in pairs], np.float32).data, *(c for _, c in pairs)]
 
 
@@ -127,17 +129,22 @@ def _halve(values: Tensor) -> tuple[float, Tensor]:
     return scale, codes
 
 
-def _quantise(values: Tensor, rng: np.random.Generator) -> tuple[float, Tensor]:
+def _draws(rng: np.random.Generator, count: int) -> NDArray[np.uint16]:
+    return np.asarray(rng.bit_generator.random_raw((count + 3) // 4)).view(np.uint16)[:count]
+
+
+def _quantise(values: Tensor, draws: NDArray[np.uint16], rng: np.random.Generator) -> tuple[float, Tensor]:
+    """Every block has the draws xor a number of its own: any two of all draws are independent, at a third of the time."""
     scale = float(np.float32(_largest(values) / _STEPS))
     if not 2.0**-110 <= scale < inf:  # too small to divide by; or NaN or Inf, which the scale alone tells
         return 0.0 if scale < 1 else scale, torch.zeros(len(values), dtype=torch.int8)
     codes, fine = np.empty(len(values), np.int8), np.float32(2**16 / scale)
+    blocks = range(0, len(values), BLOCK)
     steps = np.empty(min(BLOCK, len(values)), np.int32)  # of 2^-16 of a code
-    for at in range(0, len(values), BLOCK):
+    for at, key in zip(blocks, _draws(rng, len(blocks)), strict=True):
         some = values[at : at + BLOCK].numpy()
-        draws = np.asarray(rng.bit_generator.random_raw((len(some) + 3) // 4)).view(np.uint16)[: len(some)]
         step = np.rint(some * fine, out=steps[: len(some)], casting="unsafe")
-        step += draws
+        step += draws[: len(some)] ^ key
         step >>= 16  # rounds down, below zero too
         codes[at : at + BLOCK] = step
     return scale, torch.from_numpy(codes)
