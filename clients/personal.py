@@ -42,14 +42,18 @@ def pruned(update: Update, task: Task, model: nn.Module, held: Samples, first: T
 
     first: local values after the first pass, 1-D in mask order. `prune` alone takes single weights of every layer; with
     `prune_channels` it takes those of fully connected layers, and of groups that have a BatchNorm whole channels.
-    Either is done when its gates are passed: distance, target, accuracy on `held`.
+    Either is done when its gates are passed: distance, target, accuracy on `held`. Where `held` is empty, as nothing of
+    a few samples is held out, nothing is pruned and no accuracy told.
     """
     old, zeros = task.mask, {k: torch.zeros_like(v) for k, v in task.params.items()}
     values = {k: old.gather(k, task.params[k]) + d for k, d in update.delta.items()}
     early, late = ({k: old.scatter(k, v, zeros[k]) for k, v in tree.items()} for tree in (first, values))
 
+    if not len(held):
+        return update
+
     def accuracy(mask: Mask) -> float:
-        return evaluate(mask.apply(late), model, held)["accuracy"] if len(held) else 0.0
+        return evaluate(mask.apply(late), model, held)["accuracy"]
 
     mask, score = old, accuracy(old)
     for step in (_weights, _channels):

@@ -21,19 +21,21 @@ def turn(task: Task, steps: int) -> int:
     return max(1, ceil(task.work.regrow_at * steps)) if task.work.regrow else 0
 
 
-def regrown(held: Mask, weights: Tree, gradients: Tree, share: float) -> Mask:
-    """As many weights as before in every entry with bits, all others as they are.
+def regrown(held: Mask, weights: Tree, gradients: Tree, share: float) -> tuple[Mask, Tree]:
+    """As many weights as before in every entry with bits, all others as they are; and which of them stayed, by entry.
 
     First `share` of an entry's kept weights goes, the least |w|; then as many come, the largest |g| of what is not kept
-    then, which may be one that has just gone (as published: FedDST). Equals in row-major order. What comes is zero.
+    then, which may be one that has just gone (as published: FedDST). Equals in row-major order. What comes is to begin
+    at zero.
     """
-    bits = dict(held.bits)
+    bits, stayed = dict(held.bits), {}
     for k in bits.keys() & weights.keys():
         kept = bits[k].flatten()
         count = int(kept.sum())
         stay = _largest(weights[k].abs(), kept, count - round(share * count))
         bits[k] = (stay | _largest(gradients[k].abs(), ~stay, count - int(stay.sum()))).view(bits[k].shape)
-    return Mask(bits)
+        stayed[k] = stay.view(bits[k].shape)
+    return Mask(bits), stayed
 
 
 def _largest(scores: Tensor, among: Tensor, count: int) -> Tensor:

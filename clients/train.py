@@ -82,8 +82,9 @@ def train(task: Task, model: nn.Module, samples: Samples, device: torch.device =
                 total = statistics.collect(total, gradients)
             if step == moves:
                 now = {k: p.data.cpu() for k, p in weights.items()}
-                held = regrow.regrown(held, now, _named(weights, [g.cpu() for g in gradients]), work.regrow)
+                held, stayed = regrow.regrown(held, now, _named(weights, [g.cpu() for g in gradients]), work.regrow)
                 for k, mask in shut.items():
+                    weights[k].data.mul_(stayed[k].to(device))
                     mask.copy_(held.bits[k])
             descend(gradients)
             if step == passed:

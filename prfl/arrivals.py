@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from prfl.types import Arrival, Update
 
 
-def key(arrival: Arrival) -> tuple[int, int, int]:
-    """Client, version, seed of the task: no two tasks share all three."""
-    return arrival.task.client, arrival.task.version, arrival.task.seed
+def key(arrival: Arrival) -> tuple[int, int, float, int]:
+    """Client, version, when it was sent, seed of the task: no two tasks share all of them."""
+    return arrival.task.client, arrival.task.version, arrival.sent, arrival.task.seed
 
 
 def ordered(arrivals: Sequence[Arrival]) -> list[tuple[Arrival, Update]]:

@@ -203,12 +203,17 @@ def _order_weights(cut: Cut, scores: Tree, params: Tree, costs: Mapping[str, flo
     pools = []
     for k, w in params.items():
         by = w.abs() if cut.core == "magnitude" else scores[k]
-        pools.append(_core_first(scores[k].flatten() * (cheapest / costs.get(k, 1.0)), by.flatten(), cut, k))
+        pools.append(_core_first(_per_cost(scores[k].flatten(), cheapest / costs.get(k, 1.0)), by.flatten(), cut, k))
     if cut.spread == "model" and pools:
         places = torch.split(_place(torch.cat(pools)), [len(pool) for pool in pools])
     else:
         places = tuple(_place(pool) for pool in pools)
     return {k: place.view(w.shape) for (k, w), place in zip(params.items(), places, strict=True)}
+
+
+def _per_cost(scores: Tensor, factor: float) -> Tensor:
+    """The scores, lowered by a factor of at most 1: below zero they are divided by it."""
+    return scores if factor == 1 else torch.where(scores < 0, scores / factor, scores * factor)
 
 
 def _order_channels(cut: Cut, scores: Tree, params: Tree, groups: tuple[Group, ...]) -> Places:

@@ -43,6 +43,7 @@ class constant:
 class tiers:
     """A share per client: by its device class, or, when levels have no names, in equal contiguous blocks of clients.
 
+    The blocks are those of the clients known now: where clients join, the borders move.
     dynamic: every task draws one of the levels instead, each as likely (HeteroFL's "dynamic" setting).
     """
 
@@ -160,8 +161,9 @@ class by_time:
 
     D_i: mean of client i's last `window` round times (seconds from sending to arrival), each divided by the share it
     was run at, hence its time if it were dense; D_ref is the least. T_i = share_i D_i: its time now.
-    rule "ratio": D_ref / D_i, the paper's rule, of the rounds run at `start` alone (ours: with later times it would
-    swing back once rounds are equal, and sink to the floor where start-up and not size takes the time).
+    rule "ratio": D_ref / D_i, the paper's rule, of the rounds run at `start`, or at the most that a client has memory
+    for, alone (ours: with later times it would swing back once rounds are equal, and sink to the floor where start-up
+    and not size takes the time).
     rule "tuned": share_i (1 - 0.9 r), r = (T_i - T_ref) / T_i, where |r| > 0.05 (PR-FL's code, unrounded).
     rule "eq4": share_i (1 + 0.5 (T_ref - T_i) / T_i) (FedGMR's equation 4). Both take T_ref = start D_ref, the fastest
     device at `start` (published: the present time of client 0). All are cut to [floor, 1].
@@ -191,7 +193,7 @@ class by_time:
         old: Pace = state.density
         seconds = dict(old.seconds)
         for a, _ in ordered(arrivals):
-            if self.rule == "ratio" and a.task.density != self.start:
+            if self.rule == "ratio" and a.task.density != min(self.start, state.limits.get(a.task.client, 1.0)):
                 continue
             dense = max(a.at - a.sent, 1e-9) / a.task.density
             seconds[a.task.client] = (*seconds.get(a.task.client, ()), dense)[-self.window :]

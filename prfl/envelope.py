@@ -134,7 +134,7 @@ def _draws(rng: np.random.Generator, count: int) -> NDArray[np.uint16]:
 
 
 def _quantise(values: Tensor, draws: NDArray[np.uint16], rng: np.random.Generator) -> tuple[float, Tensor]:
-    """Every block has the draws xor a number of its own: any two of all draws are independent, at a third of the time."""
+    """Every block has the draws xor a number of its own: any two of all are independent, at a third of the time."""
     scale = float(np.float32(_largest(values) / _STEPS))
     if not 2.0**-110 <= scale < inf:  # too small to divide by; or NaN or Inf, which the scale alone tells
         return 0.0 if scale < 1 else scale, torch.zeros(len(values), dtype=torch.int8)

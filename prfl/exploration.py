@@ -36,8 +36,9 @@ class Exploration:
 class explored:
     """A merge in two phases: explorers' deviations until there are enough, then `inner`, and the mask on what it gives.
 
-    share: of the clients that explore; those who have no memory at all are not waited for. The rest: see `autoflip`.
-    An answer to a task of the first phase that comes in the second is left out.
+    share: of the clients that explore; those who have no memory at all are not waited for, and the first merge that
+    brings nobody new ends the phase, enough or not. The rest: see `autoflip`. An answer to a task of the first phase
+    that comes in the second is left out.
     """
 
     inner: Merge
@@ -69,8 +70,10 @@ class explored:
     def __call__(self, state: State, arrivals: Sequence[Arrival]) -> tuple[Tree, Exploration]:
         memory: Exploration = state.merge
         if memory.began is None:
+            known = len(memory.clients)
             memory = heard(memory, state.params, arrivals, self.participants)
-            return (state.params, memory) if len(memory.clients) < self.wanted(state) else self._begun(memory, state)
+            more = known < len(memory.clients) < self.wanted(state)
+            return (state.params, memory) if more else self._begun(memory, state)
         came = [a for a in arrivals if a.task.version >= (memory.began or 0)]
         if not came:
             return state.params, memory

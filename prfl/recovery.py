@@ -54,12 +54,14 @@ class recover:
     """max(share of `first`, the client's floor, the floor of all); floors only rise (PR-FL stage 2, FedGMR).
 
     Stage 1 ends for good with the first rise: from then on `first` is asked as of that version and told nothing more,
-    so that densities never fall (PR-FL's code; its paper would go on measuring).
+    so that densities never fall (PR-FL's code; its paper would go on measuring). Who comes later gets what `first`
+    gives to those it does not know.
 
     trigger "plateau": at every interval step (a version that is a multiple of `every`) the latest `metric` of each
     client and the server's `validation` score go through a counter. After `patience` steps without a better score the
-    client's floor rises by `step`, or to the next rung of `ladder`, above its share; the floor of all by as much above
-    the least share in use. trigger "time": the floor of all rises at each of the versions `times`. "mixed": both.
+    client's floor rises by `step`, or to the next rung of `ladder`, above its share; the floor of all by `step` above
+    the least share in use (PR-FL), or to its own next rung (FedGMR). trigger "time": the floor of all rises at each of
+    the versions `times`. "mixed": both.
     rest: a raised client is not judged for 2 rest steps, nobody for rest steps after the floor of all rose. forget:
     best scores start anew then, the client's and the server's, or everybody's. FedGMR: rest = patience, forget; PR-FL:
     neither. PR-FL's return to the best checkpoint is left out, as in FedGMR.
@@ -133,7 +135,7 @@ class recover:
         if self.validation in state.validation:
             memory = replace(memory, server=memory.server.seen(state.validation[self.validation]))
             if memory.server.count >= self.patience and memory.floor < 1:
-                shares = [self._share(memory, client) for client in memory.trained]
+                shares = [self._share(memory, client) for client in memory.trained] if not self.ladder else []
                 memory = self._raise_all(memory, min(shares, default=memory.floor), state.version)
         resting = {c: max(0, left - (c in memory.scores)) for c, left in memory.resting.items()}
         growing = [c for c in memory.scores if not memory.resting.get(c, 0) and self._share(memory, c) < 1]

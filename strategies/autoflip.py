@@ -54,9 +54,16 @@ def autoflip(
     return Method(merge=part, cut=cut, work=work, remask=informed(), among=fresh(part), amend=assigned(search))
 
 
+TRIES = 2  # tasks for every explorer that is wanted, on average
+
+
 @dataclass(frozen=True)
 class fresh:
-    """While the model is explored, only as many are asked as are wanting, at random, and nobody twice."""
+    """While the model is explored, only as many are asked as are wanting, at random, and nobody twice.
+
+    When so many tasks were sent that those wanting are not likely to answer any more, or nobody else is there, one who
+    has explored is asked: a merge that brings nobody new ends the phase (ours).
+    """
 
     part: explored
 
@@ -64,8 +71,11 @@ class fresh:
         memory: Exploration = state.merge
         if memory.began is not None:
             return idle
-        others = sorted(set(idle).difference(memory.clients)) or ([] if busy else idle)
+        known = set(idle).intersection(memory.clients)
+        others = sorted(set(idle) - known)
         wanting = self.part.wanted(state) - len(memory.clients) - busy
+        if known and not busy and (not others or state.sent >= TRIES * self.part.wanted(state)):
+            others, wanting = sorted(known), 1
         drawn = np.random.default_rng((state.seed, 3, state.sent)).permutation(others)
         return sorted(drawn[: max(wanting, not busy)].tolist())
 

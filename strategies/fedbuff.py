@@ -10,6 +10,6 @@ PAPER = "Nguyen et al., AISTATS 2022, arXiv 2106.06639"
 
 
 def fedbuff(lr: float = 1.0, staleness: Staleness = ages.ROOT, work: Work = Work()) -> Method:
-    """As published with `buffered` pacing: the mean of K moves, each damped by 1 / sqrt(1 + staleness)."""
+    """With `buffered` pacing: the mean of K moves, as published; damped by 1 / sqrt(1 + staleness), as recalled."""
     moves = merge.fedbuff(lr, staleness=staleness)
     return Method(density=density.constant(1.0), merge=moves, work=work, remask=never())

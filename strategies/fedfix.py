@@ -6,6 +6,7 @@ from prfl.cache import mask_fed_avg
 from prfl.staleness import Staleness
 from prfl.types import Work
 from strategies.method import Method, never
+from strategies.pr_fl import weighed
 
 PAPER = "Fraboni et al., JMLR 2023, arXiv 2206.10189"
 
@@ -15,5 +16,5 @@ def fedfix(eta: float | None = None, staleness: Staleness = ages.PR_FL, work: Wo
 
     `eta` fixes the mixing weight instead. Fraboni et al. weigh clients by how often they answer; this does not.
     """
-    mixing = mask_fed_avg(eta, staleness)
+    mixing = mask_fed_avg(eta, staleness, weighed(work))
     return Method(density=density.constant(1.0), merge=mixing, work=work, remask=never())

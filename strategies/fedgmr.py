@@ -9,7 +9,7 @@ from prfl.cut import Cut
 from prfl.recovery import recover
 from prfl.types import Work
 from strategies.method import Method, rerank
-from strategies.pr_fl import seconds
+from strategies.pr_fl import seconds, weighed
 
 PAPER = "Ma et al., 2025, arXiv 2512.05372"
 
@@ -48,7 +48,7 @@ def fedgmr(
         ),
         saliency=saliency.magnitude(),
         cut=Cut(unit, "layer") if unit == "channels" else Cut(spread="model", floor=core, core="magnitude"),
-        merge=buff_mask_fed_avg(staleness=staleness.polynomial(a)),
+        merge=buff_mask_fed_avg("growing", staleness.polynomial(a), weighed(work)),
         work=work,
         remask=rerank(every),
         costs=seconds(work) if unit == "weights" else None,

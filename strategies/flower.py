@@ -26,6 +26,8 @@ from strategies.method import Method
 from strategies.pacing import Pacing
 from strategies.server import Scores, serve
 
+LENGTH = {"epochs", "steps", "batch"}  # fields of `Work` that tell what a task costs
+
 
 class PruningStrategy(Strategy):
     """`PruningStrategy(pr_fl(), buffered(in_flight=10, goal=5)).start(grid, initial_arrays, num_rounds)`.
@@ -190,6 +192,12 @@ class PruningStrategy(Strategy):
             return self.method
         if not isinstance(self.method.work, Work):
             raise ValueError("train_config: this method's work changes by version; set it there")
+        parts = (self.method.remask, self.method.amend)
+        own = any(isinstance(value, Work) for part in parts for value in vars(part).values())
+        if own or (self.method.costs and LENGTH & train_config.keys()):
+            raise ValueError(
+                "train_config: parts of this method go by its work as well; give it `work` when you make it"
+            )
         return replace(self.method, work=configs.work(dict(train_config), self.method.work, "train_config"))
 
     def _opened(

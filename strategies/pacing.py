@@ -13,6 +13,7 @@ class Pacing:
 
     deadline: seconds after the last merge (or after the work was sent) when what there is gets merged, goal or not.
     drop_late: work still under way at a merge is given up. max_staleness: versions; an older update is refused.
+    once: whose update waits for the merge waits too, and is not asked again before it.
     """
 
     in_flight: int
@@ -21,6 +22,7 @@ class Pacing:
     deadline: float = inf
     drop_late: bool = False
     max_staleness: float = inf
+    once: bool = False
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
@@ -51,8 +53,8 @@ def buffered(in_flight: int, goal: int, max_staleness: float = inf) -> Pacing:
 
 
 def window(in_flight: int, seconds: float, max_staleness: float = inf) -> Pacing:
-    """Merged every so many seconds, with what has come (FedFix, Fraboni et al. 2023)."""
-    return Pacing(in_flight, inf, deadline=seconds, max_staleness=max_staleness)
+    """Merged every so many seconds, with what has come, an update a client (FedFix, Fraboni et al. 2023)."""
+    return Pacing(in_flight, inf, deadline=seconds, max_staleness=max_staleness, once=True)
 
 
 TABLE: dict[str, Callable[..., Pacing]] = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from prfl import density, saliency, staleness
+from prfl.average import Weigh
 from prfl.cache import buff_mask_fed_avg
 from prfl.cut import Cut
 from prfl.recovery import recover as regrow
@@ -17,6 +18,7 @@ PAPER = "Ma, 2024, arXiv 2403.15439"
 
 SEND = 5.5616e-6  # seconds to send one weight (PruneFL's coefficient, as published)
 COMPUTE = {True: 6.0e-10, False: 3.2e-9}  # seconds a multiply-add, convolution or not: PruneFL's for FEMNIST, over macs
+STEPS = 5  # local steps of a round, as published
 
 Score = Literal["last_batch_g2", "accumulated_g2", "magnitude", "change"]
 
@@ -38,7 +40,11 @@ def pr_fl(
     recover: bool = True,
     work: Work = Work(),
 ) -> Method:
-    """The paper's semantics by default; the released code's are rule="tuned", score="last_batch_g2", cache="frozen".
+    """Mostly the paper's semantics by default; the code's are rule="tuned", score="last_batch_g2", cache="frozen".
+
+    From the code by default too: growth by score per cost, the core by magnitude, scores normalised by client. Ours:
+    gradients are summed before they are squared, as in PruneFL; plateaus are those of a client's own training loss and
+    of the merged model's validation accuracy (published: of accuracies).
 
     floor: rho_min, the least density of stage 1. core: share of every layer kept by magnitude. every: versions between
     rankings, density steps and plateau checks. patience: checks without improvement before a density rises by `step`.
@@ -53,11 +59,21 @@ def pr_fl(
         cut=Cut(unit, "layer", multiple=multiple)
         if unit == "channels"
         else Cut(spread="model", floor=core, core="magnitude"),
-        merge=buff_mask_fed_avg(cache, staleness.polynomial(a)),
+        merge=buff_mask_fed_avg(cache, staleness.polynomial(a), weighed(work)),
         work=replace(work, normalise=True, window="last" if score == "last_batch_g2" else "all"),
         remask=rerank(every, listen),
         costs=seconds(work) if growth == "score_per_cost" and unit == "weights" else None,
     )
+
+
+def steps(work: Work) -> int:
+    """Local steps of a task. Epochs, which are longer for some than for others, count as the published steps (ours)."""
+    return work.steps or STEPS * work.epochs
+
+
+def weighed(work: Work) -> Weigh:
+    """By the samples that a client processes, as PR-FL's code does: with so many steps they are the same for all."""
+    return "uniform" if work.steps else "samples"
 
 
 REPORTS: Mapping[Score, saliency.magnitude | saliency.signal] = {
@@ -70,7 +86,7 @@ REPORTS: Mapping[Score, saliency.magnitude | saliency.signal] = {
 
 def seconds(work: Work) -> Callable[[Architecture], Mapping[str, float]]:
     """What a kept weight costs a client and round: sent once, used in every local step (PR-FL's c_l)."""
-    samples = (work.steps or work.epochs) * work.batch
+    samples = steps(work) * work.batch
 
     def per_weight(architecture: Architecture) -> Mapping[str, float]:
         return {k: SEND + 3 * samples * macs * COMPUTE[macs > 1] for k, macs in architecture.macs.items()}

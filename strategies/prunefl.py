@@ -30,7 +30,7 @@ def prunefl(
     """With `sync` pacing. As published: stage 1 at one client, `passes` over its data between decisions, from an
     accuracy `begin` on (1.5 / classes); then all clients and a decision every `every` versions. A decision keeps of
     every layer all but the `part` of least |w| (halved every `halving` versions) and gives or takes the rest by g^2 / t
-    so that the gain per second is best; a weight that comes back has the value it had.
+    so that the gain per second is best; in its code a weight that comes back has the value it had.
 
     t: PruneFL's seconds of sending a weight and using it in the local steps, `overhead` of each step on top; ours: by
     multiply-adds, for any model (`strategies.pr_fl`). Also ours: clients report with the tasks of the last `listen`

@@ -10,7 +10,7 @@ import numpy as np
 from prfl.reconfiguration import reconfigured
 from prfl.types import Arrival, State, Task, Tree, Work
 from strategies.method import Method
-from strategies.pr_fl import seconds
+from strategies.pr_fl import seconds, steps
 
 CALM, QUIET = 0.1, 5  # stage 1 ends when so many decisions in a row change the density by a tenth at most
 
@@ -116,7 +116,7 @@ class reconfigure:
             return state
         old = state.rank.mask(memory.keep)
         part = self.part if memory.alone else self.part * 0.5 ** (state.version / self.halving)
-        costs, constant = seconds(self.work)(state.architecture), self.overhead * (self.work.steps or self.work.epochs)
+        costs, constant = seconds(self.work)(state.architecture), self.overhead * steps(self.work)
         chosen = reconfigured(state.params, old, state.signal.total, costs, constant, part, self.densest)
         full = {k: old.scatter(k, old.gather(k, v), memory.parked.get(k, v)) for k, v in state.params.items()}
         rank = method.ranking(chosen.scores, state.params, state.architecture)

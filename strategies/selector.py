@@ -28,14 +28,17 @@ class random:
 
 @dataclass(frozen=True)
 class round_robin:
-    """Whoever was asked longest ago, so that all are asked equally often."""
+    """One after another, by number, beginning after as many as tasks were sent: all equally often while all are there.
+
+    Where somebody is away, the next one takes the turn.
+    """
 
     def init(self) -> None:
         return None
 
     def ask(self, state: State, idle: Sequence[int], free: int, rng: np.random.Generator) -> Sequence[int]:
-        clients = max(1, len(state.classes))
-        return sorted(idle, key=lambda c: (c - state.sent) % clients)[:free]
+        place = {c: i for i, c in enumerate(sorted({*state.classes, *idle}))}
+        return sorted(idle, key=lambda c: (place[c] - state.sent) % len(place))[:free]
 
     def tell(self, state: State, arrivals: Sequence[Arrival]) -> None:
         return None

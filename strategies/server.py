@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
@@ -68,10 +68,9 @@ def serve(
     arrivals: list[Arrival] = []  # since the last merge; the failed and the too stale without their update
     opened, ready, failures = transport.now(), 0, 0
     while not stop(state, transport.now()):
-        free = pacing.in_flight - transport.busy()
-        if free >= pacing.refill or not transport.busy():
+        if pacing.in_flight - transport.busy() >= pacing.refill or not transport.busy():
             waiting = {a.task.client for a in arrivals if a.update is not None}
-            state = _send(method, transport, state, chosen, free, waiting, log)
+            state = _send(method, pacing, transport, state, chosen, waiting, log)
         arrival = transport.wait(opened + pacing.deadline)
         if arrival is not None and arrival.reason == GIVEN_UP:
             log(_arrived(arrival, state.version))
@@ -95,7 +94,8 @@ def serve(
         if arrival is not None and failures > FAILURES * pacing.in_flight:
             raise Stalled(f"the last {failures} tasks failed, version {state.version}; the last one: {arrival.reason}")
         over = arrival is None and transport.now() >= opened + pacing.deadline
-        if ready and (over or ready >= pacing.goal or not transport.busy()):
+        done = not transport.busy() and pacing.goal < inf
+        if ready and (over or ready >= pacing.goal or done):
             state = replace(state, selector=chosen.tell(state, arrivals))
             held = [a.update.mask for a in arrivals if a.update is not None]
             cover = {"coverage": overlap.covered(held, state.params), "covering": overlap.covering(held, state.params)}
@@ -126,9 +126,10 @@ def _without(state: State) -> set[int]:
 
 
 def _send(
-    method: Method, transport: Transport, state: State, selector: Selector, free: int, waiting: set[int], log: Log
+    method: Method, pacing: Pacing, transport: Transport, state: State, selector: Selector, waiting: set[int], log: Log
 ) -> State:
-    idle = transport.idle()
+    free = pacing.in_flight - transport.busy()
+    idle: Sequence[int] = [c for c in transport.idle() if not pacing.once or c not in waiting]
     if method.among:
         idle = method.among(state, [c for c in idle if c not in waiting], transport.busy() + len(waiting))
     if not idle or free < 1:
@@ -136,7 +137,7 @@ def _send(
     rng = np.random.default_rng((state.seed, 1, state.sent))
     asked = selector.ask(state, idle, free, rng)
     if not asked and not transport.busy():  # who waits for nothing would wait for ever
-        asked = selectors.random().ask(state, idle, free, rng)
+        asked = selectors.random().ask(state, idle, 1, rng)
     for client in asked:
         task = method.assign(state, client, np.random.default_rng((state.seed, 0, state.sent)))
         state = replace(state, sent=state.sent + 1)

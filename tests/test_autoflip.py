@@ -190,6 +190,25 @@ def test_failing_explorers_are_replaced() -> None:
     assert len(state.merge.clients) == CLIENTS
 
 
+def test_an_explorer_that_always_fails_is_gone_without() -> None:
+    world = World()
+    world.fleet[2] = replace(world.fleet[2], failure=1.0)
+    state, events = played(world, auto(explorers=1.0), sync(2), versions=10)
+    assert state.merge.began is not None
+    assert sorted(state.merge.clients) == [c for c in range(CLIENTS) if c != 2]
+    explored = [t.client for t in world.tasks if t.work.patience]
+    assert len(explored) == CLIENTS  # the five, and one of them again, to end the phase
+    assert sum(e["version"] < state.merge.began for e in of_kind(events, "send")) <= 2 * CLIENTS + 1
+
+
+def test_explorers_that_are_away_for_good_are_not_waited_for() -> None:
+    world = World()
+    world.fleet[4] = replace(world.fleet[4], availability=((1e8, 1e9),), period=1e9)
+    state, _ = played(world, auto(explorers=1.0), sync(2), versions=10)
+    assert state.merge.began == 4
+    assert 4 not in state.merge.clients
+
+
 def test_the_start_is_the_first_model_or_with_warm_the_explorers_mean() -> None:
     world = World()
     cold, warm = (played(world, auto(warm=w, prune=0.0, explorers=1.0), sync(CLIENTS), versions=1)[0] for w in (0, 1))

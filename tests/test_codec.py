@@ -358,7 +358,7 @@ def test_int8_is_unbiased_and_drawn_from_the_seed() -> None:
 
 
 def test_draws_of_int8_are_independent_between_blocks() -> None:
-    """A sum over 8 blocks errs as independent draws do; with the same draws in every block it would err 2.8 times as much."""
+    """A sum over 8 blocks errs as independent draws do; the same draws in every block would err 2.8 times as much."""
     blocks, runs = 8, 400
     values = torch.full((blocks * BLOCK,), 0.3 / 127)
     values[0] = 1.0

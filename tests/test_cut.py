@@ -283,6 +283,15 @@ def test_pr_fl_grows_from_the_core(costs: Mapping[str, float] | None, growth: li
         assert held(ranking.mask(min(1.0, n / 10 + 0.09))) == CORE | set(growth[: n - 3])  # int(share * 10)
 
 
+def test_of_scores_below_zero_too_the_dear_weights_come_last() -> None:
+    layers = {"dear": torch.zeros(1, 3), "cheap": torch.zeros(1, 3)}
+    scores = {"dear": torch.tensor([[-1.0, -2.0, 4.0]]), "cheap": torch.tensor([[-1.0, -2.0, 4.0]])}
+    ranking = Cut(spread="model", floor=0.0).rank(scores, layers, costs={"dear": 4.0, "cheap": 1.0})
+    order = sorted((p, k, i) for k, v in ranking.places.items() for i, p in enumerate(v.flatten().tolist()))
+    later = [(k, i) for _, k, i in order if i != 2]  # a layer's best is its core
+    assert later == [("cheap", 0), ("cheap", 1), ("dear", 0), ("dear", 1)]
+
+
 @pytest.mark.parametrize(
     ("size", "floor", "kept"), [(100, 0.05, 5), (101, 0.05, 6), (19, 0.05, 1), (100, 0.07, 7), (7, 0.2, 2)]
 )

@@ -187,6 +187,14 @@ def test_by_time_ratio_stays_where_start_up_takes_the_time():
     assert [part.ask(now, c, RNG) for c in range(2)] == [1.0, 0.5]
 
 
+def test_by_time_ratio_times_a_client_at_the_most_that_it_holds():
+    """Both devices need 20 s for a whole model; one has memory for half of it, and the fastest needs 10."""
+    part = by_time(floor=0.1, every=1)
+    now = replace(state(part), limits={1: 0.5})
+    now = told(part, now, [arrival(0, 20.0), arrival(1, 10.0, 0.5), arrival(2, 10.0), arrival(3, 1.0, 0.5)])
+    assert asked(part, now)[:4] == [0.5, 0.5, 1.0, 1.0]
+
+
 def test_by_time_takes_the_mean_of_the_window_and_skips_failures():
     part = by_time(floor=0.01, every=4, window=2)
     now = state(part, version=1)
@@ -262,6 +270,17 @@ def test_the_servers_plateau_lifts_everybody_above_the_least_share():
     rows = [{0: -1.0 - i, 5: -1.0 - i} for i in range(5)]
     shares = losses(part, rows, accuracy=[0.5, 0.4, 0.45, 0.2, 0.4])
     assert [(s[0], s[5]) for s in shares] == [(0.6, 0.3)] * 2 + [(0.6, 0.5)] * 2 + [(0.7, 0.7)]
+
+
+def test_with_a_ladder_the_servers_plateau_lifts_the_floor_to_its_next_rung():
+    """FedGMR: whoever holds more than that keeps what it has."""
+    part = recover(tiers((0.5, 0.2)), ladder=(0.05, 0.1, 0.2, 0.5, 1.0), patience=1, every=1, floor=0.05)
+    now, floors = replace(state(part), validation={"accuracy": 0.9}), []
+    for i in range(5):
+        now = told(part, now, [arrival(0, held=0.5, loss=-float(i)), arrival(5, held=0.2, loss=-float(i))])
+        now = replace(now, validation={"accuracy": 0.8 - i / 10})
+        floors.append((now.density.floor, part.ask(now, 0, RNG), part.ask(now, 5, RNG)))
+    assert floors == [(0.05, 0.5, 0.2), (0.1, 0.5, 0.2), (0.2, 0.5, 0.2), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)]
 
 
 def test_time_lifts_the_floor_at_its_versions():

@@ -39,19 +39,22 @@ def test_a_mask_moves_by_hand() -> None:
     weights, gradients = {"w": row(4, -1, 2, -3, 0, 0, 0)}, {"w": row(9, 1, 0, 9, -5, 0.5, 3)}
 
     def moved(share: float) -> list[bool]:
-        return regrown(held, weights, gradients, share).bits["w"].flatten().tolist()
+        return regrown(held, weights, gradients, share)[0].bits["w"].flatten().tolist()
 
     assert moved(0.25) == bits(1, 0, 1, 1, 1, 0, 0).flatten().tolist()
     assert moved(0.5) == bits(1, 0, 0, 1, 1, 0, 1).flatten().tolist()
     assert moved(0.75) == bits(1, 0, 0, 1, 1, 0, 1).flatten().tolist()  # weight 3 goes and comes back
+    assert regrown(held, weights, gradients, 0.75)[1]["w"].tolist() == bits(1, 0, 0, 0, 0, 0, 0).tolist()
     assert moved(0.1) == held.bits["w"].flatten().tolist()
     assert all(sum(moved(share / 20)) == 4 for share in range(21))
 
 
 def test_whole_entries_and_those_without_a_gradient_stay() -> None:
     held = Mask({"w": bits(1, 0), "frozen": bits(1, 0)})
-    assert regrown(held, {"w": row(1, 0)}, {"w": row(0, 1)}, 1.0).bits["w"].tolist() == [[False, True]]
-    assert regrown(held, {"w": row(1, 0)}, {"w": row(0, 1)}, 1.0).bits["frozen"] is held.bits["frozen"]
+    new, stayed = regrown(held, {"w": row(1, 0)}, {"w": row(0, 1)}, 1.0)
+    assert new.bits["w"].tolist() == [[False, True]]
+    assert new.bits["frozen"] is held.bits["frozen"]
+    assert stayed.keys() == {"w"}
 
 
 def test_the_rate_falls_like_a_cosine() -> None:
@@ -245,3 +248,30 @@ def test_masks_of_channels_do_not_regrow() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         feddst(**options)
+
+
+def test_what_comes_back_at_once_begins_at_zero() -> None:
+    """With no learning rate left, all weights that came are zero, and those that stayed are as they were."""
+    world = World()
+    held = Mask(
+        {
+            k: torch.rand(v.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+            for k, v in world.params.items()
+            if v.dim() > 1
+        }
+    )
+    work = Work(steps=2, batch=8, lr=1e-12, regrow=0.6, regrow_at=0.5)
+    task = Task(0, 0, world.params, held, work, 5)
+    update = train(task, world.model, world.data[0])
+    for k, before in held.bits.items():
+        old = world.params[k]
+        local = update.mask.scatter(
+            k, update.mask.gather(k, held.apply(world.params)[k]) + update.delta[k], torch.zeros_like(old)
+        )
+        count = int(before.sum())
+        least = old.abs().masked_fill(~before, torch.inf).flatten().argsort()[: round(0.6 * count)]
+        gone = torch.zeros_like(before).view(-1).index_fill_(0, least, True).view(before.shape)
+        back = gone & update.mask.bits[k]
+        assert back.any()
+        assert local[back].abs().max() < 1e-6
+        torch.testing.assert_close(local[before & ~gone], old[before & ~gone], rtol=0, atol=1e-6)

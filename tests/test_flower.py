@@ -601,6 +601,14 @@ def test_train_config_sets_the_work() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "asked"), [("autoflip", {"lr": 0.01}), ("prunefl", {"lr": 0.01}), ("pr_fl", {"steps": 4})]
+)
+def test_train_config_does_not_reach_half_of_a_method(name: str, asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="train_config: parts of this method go by its work as well; give it `work`"):
+        strategy(table.method(name, WORK)).start(Nodes(), initial(), 1, train_config=ConfigRecord(asked))
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"train_config": ConfigRecord({"rate": 1.0})}, "train_config: no field 'rate'"),

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from world import CLIENTS, PACINGS, WORK, World, method
 
 from prfl import merge, models
+from prfl.arrivals import key
+from prfl.masks import DENSE
 from prfl.overlap import nested
 from prfl.store import model_sha256
-from prfl.types import GIVEN_UP, State, Task, Tree, Update, Work
+from prfl.types import GIVEN_UP, Arrival, State, Task, Tree, Update, Work
 from sim.devices import Device
 from strategies import selector, table
 from strategies.method import Method, never
-from strategies.pacing import Pacing, buffered, one_arrival, sync
+from strategies.pacing import Pacing, buffered, one_arrival, sync, window
 from strategies.server import Scores, Stalled, serve
 
 METHODS = sorted(table.METHODS)
@@ -223,6 +225,38 @@ def test_round_robin_asks_everybody_equally_often() -> None:
     _, events = played(World(), method("fedavg"), sync(3), versions=10, selector=selector.round_robin())
     counts = np.bincount([e["client"] for e in of_kind(events, "send")], minlength=CLIENTS)
     assert counts.max() - counts.min() <= 1
+
+
+def test_round_robin_takes_numbers_with_gaps() -> None:
+    part, clients = selector.round_robin(), {0: "", 2: "", 4: "", 7: ""}
+    now = method("fedavg").init(World().params, classes=clients)
+    asked = [part.ask(replace(now, sent=sent), list(clients), 1, np.random.default_rng(0))[0] for sent in range(8)]
+    assert asked == [0, 2, 4, 7] * 2
+
+
+def test_in_a_window_a_client_works_on_a_version_once_and_waits_for_its_end() -> None:
+    """Devices need 0.1 to 1 s, so all are done and wait when a window of 4 s ends; a failure may be tried again."""
+    world = World(failure=0.3)
+    _, events = played(world, method("fedfix"), window(CLIENTS, 4.0), versions=5)
+    used = [(e["client"], e["version"]) for e in of_kind(events, "arrival") if e["used"]]
+    assert len(used) == len(set(used)) == 5 * CLIENTS
+    assert [e["at"] for e in of_kind(events, "merge")] == pytest.approx([4.0, 8.0, 12.0, 16.0, 20.0])
+    assert any(not e["used"] for e in of_kind(events, "arrival"))
+
+
+def test_a_clients_newest_update_comes_last() -> None:
+    task = Task(1, 0, {}, DENSE, Work(), seed=9)
+    first, second = Arrival(task, 0.0, 1.0, 0, 0, None), Arrival(replace(task, seed=3), 1.0, 2.0, 0, 0, None)
+    assert sorted([second, first], key=key) == [first, second]
+
+
+def test_of_clients_that_a_selector_leaves_alone_one_is_asked_when_all_is_quiet() -> None:
+    class nobody(selector.random):
+        def ask(self, *given: Any) -> list[int]:
+            return []
+
+    _, events = played(World(), method("fedavg"), one_arrival(4), versions=3, selector=nobody())
+    assert [e["kind"] for e in events if e["kind"] in ("send", "merge")] == ["send", "merge"] * 3
 
 
 @pytest.mark.parametrize(
