@@ -137,7 +137,7 @@ def textbook(world: World, rounds: int, work: Work, seeds: dict[Any, int]) -> tu
                         count = int(m[k].sum())
                         stay = largest(w[k].detach().abs() - (1 - m[k]), count - round(rate * count))
                         m[k] = stay + largest(w[k].grad.abs() - 1e9 * stay, count - int(stay.sum()))
-                        w[k].data *= m[k]
+                        w[k].data *= stay
                 for k in m:
                     w[k].grad *= m[k]
                 optimiser.step()
