@@ -23,7 +23,7 @@ SMALL = (
     "work={steps: 2}",
     "stop={versions: 2}",
 )
-COMMAND = [sys.executable, "-c", "from prfl.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "prfl"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,5 @@
+"""`python -m prfl` is `prfl`."""
+
+from prfl.cli import main
+
+main()
