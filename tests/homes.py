@@ -15,7 +15,7 @@ from pathlib import Path
 from deploy import credentials, processes
 from deploy.home import Home
 
-COMMAND = [sys.executable, "-c", "from prfl.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "prfl"]
 PATIENCE = 90.0  # seconds, on a busy machine
 
 
