@@ -95,7 +95,8 @@ async def _answer(reader: StreamReader, writer: StreamWriter) -> str:
         for _ in range(size):
             writer.write(await reader.readexactly(1))
     writer.write_eof()
-    await reader.read()  # the device closes first, when it has everything
+    while await reader.read(BLOCK):  # the device closes first, when it has everything
+        pass
     return f"{size} {'echoes' if what == b'e' else 'bytes down' if what == b'd' else 'bytes up'}"
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from secrets import token_hex
@@ -38,20 +36,8 @@ def federate(grid: Grid, experiment: Experiment, folder: Path, data_dir: Path | 
     off is lost and asked for again; the event `resume` says how much it was. ValueError: the experiment, its data or
     the folder are no good, or another process has it. TimeoutError: too few nodes.
     """
-    with alone(folder):
+    with store.alone(folder):
         return _federate(grid, experiment, folder, data_dir)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """For the one process that writes a run folder. Raises ValueError when there is another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: its run is under way") from None
-        yield
 
 
 def _federate(grid: Grid, experiment: Experiment, folder: Path, data_dir: Path | None) -> dict[str, Any]:

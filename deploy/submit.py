@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from os import SEEK_END
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploy import processes
 from deploy.admission import connected
 from deploy.experiment import real
 from deploy.home import Home
-from deploy.run import alone
 from prfl import config, store
 from prfl.config import ConfigError, Experiment, plain
 from prfl.tally import Tally
@@ -53,21 +52,20 @@ def submit(home: Home, asked: Experiment, folder: Path, data_dir: Path | None) -
     if data_dir is not None and not data_dir.is_dir():
         raise ConfigError(f"--data-dir {data_dir} is not a folder")
     store.settle(folder, parts.spelled(asked))
-    app = home.folder / "app"  # nothing of ours is in it: server and nodes run what is installed there
-    shutil.rmtree(app, ignore_errors=True)
-    app.mkdir()
-    (app / "pyproject.toml").write_text(APP)
     chosen = {
         "experiment": json.dumps(plain(asked.model_dump())),
         "folder": str(folder.absolute()),
         "data-dir": str(data_dir.absolute()) if data_dir else "",
     }
-    settings = home.folder / "run.toml"
-    settings.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items()))
-    try:
-        told = processes.flwr(home, "run", str(app), processes.CONNECTION, "--run-config", str(settings))
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
+    with TemporaryDirectory(prefix="app-", dir=home.folder) as place:  # its own: another may submit now
+        app, settings = Path(place) / "app", Path(place) / "run.toml"
+        app.mkdir()
+        (app / "pyproject.toml").write_text(APP)  # nothing of ours: server and nodes run what is installed there
+        settings.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items()))
+        try:
+            told = processes.flwr(home, "run", str(app), processes.CONNECTION, "--run-config", str(settings))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
     number = int(told["run-id"])
     note = {"run": str(number), "home": str(home.folder), "data_dir": chosen["data-dir"]}
     (folder / NOTE).write_text(json.dumps(note) + "\n")
@@ -92,7 +90,7 @@ def _alive(home: Home, number: int, folder: Path) -> bool:
     end = time.monotonic() + START
     while (known := status(home, number)[0]) != "finished":
         try:
-            with alone(folder):
+            with store.alone(folder):
                 pass
         except ValueError:
             return True

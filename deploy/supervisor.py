@@ -191,9 +191,10 @@ def pave(database: Path) -> None:
 
 def turn_over(log: Path) -> None:
     """A log that has grown long starts anew; the one before is kept as NAME.log.1."""
-    if log.stat().st_size > LOG:
-        shutil.copyfile(log, log.with_name(f"{log.name}.1"))
-        os.truncate(log, 0)  # whoever writes appends, and goes on at the start
+    with suppress(OSError):  # somebody deleted it, or the disk is full: no reason to end
+        if log.stat().st_size > LOG:
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)  # whoever writes appends, and goes on at the start
 
 
 def _end(children: Sequence[Child], home: Home) -> None:

@@ -53,7 +53,7 @@ class Codec:
         return self.values == "float32"
 
     def encode_task(self, task: Task, layout: Layout, *, known: bool = False, apart: bool = False) -> bytes:
-        """`known`: the client holds this very mask, 8 bytes stand for it. `apart`: the params travel as increments."""
+        """`known`: the client holds this very mask, 9 bytes stand for it. `apart`: the params travel as increments."""
         if {k: tuple(v.shape) for k, v in task.params.items()} != layout.shapes:
             raise ValueError("the task's parameters are not those of the layout")
         values: list[Part] = []

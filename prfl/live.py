@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from prfl.tally import Tally
 
@@ -123,7 +124,9 @@ def _picture(title: str, t: Tally, versions: float, wall: float) -> Panel:
     densities.add_row("[bold]density by class")
     for name, density in sorted(t.density.items()):
         densities.add_row(
-            name, ProgressBar(1.0, density, width=16, complete_style="cyan", finished_style="cyan"), f"{density:.2f}"
+            Text(name),
+            ProgressBar(1.0, density, width=16, complete_style="cyan", finished_style="cyan"),
+            f"{density:.2f}",
         )
     both = Table.grid(padding=(0, 3))
     both.add_row(numbers, densities)

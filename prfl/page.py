@@ -49,10 +49,6 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
-def listing(items: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
-
-
 def style() -> str:
     """The style of pages and pictures, on light and on dark ground."""
     light = "".join(f"--c{i}:{c};" for i, c in enumerate(LIGHT))

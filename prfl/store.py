@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import count
 from math import isfinite
@@ -142,6 +144,20 @@ def fresh(root: Path, name: str) -> Path:
     """A new folder below `root` for a run of this name: `name`, `name-2`, ..."""
     tries = (name if n == 1 else f"{name}-{n}" for n in count(1))
     return next(root / t for t in tries if not (root / t).exists())
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """For the one process that writes a run folder. Raises ValueError when there is another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: its run is under way") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def model_sha256(params: Tree) -> str:

@@ -113,7 +113,8 @@ def run(todo: Sequence[Job], pool: Pool, data_dir: Path | None = None) -> Iterat
             if given is None or given[0] != job.experiment.seed:
                 given = job.experiment.seed, problem.build(job.experiment, data_dir)
             if (job.folder / "events.jsonl").exists():
-                shutil.rmtree(job.folder)
+                with store.alone(job.folder):
+                    shutil.rmtree(job.folder)
             result = simulate(job.experiment, job.folder, pool=pool, data_dir=data_dir, given=given[1])
         except Exception as error:  # whatever a method does, the others go on
             yield Outcome(job, None, " ".join(str(error).split()) or type(error).__name__)

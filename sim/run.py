@@ -44,7 +44,7 @@ def simulate(
     judge = Judge(given, static(parts.method, state))
     full = plan.spelled(experiment)
     sizes = [len(part) for part in given.parts]
-    with closing(pool(given)) as workers:
+    with store.alone(folder), closing(pool(given)) as workers:
         run = store.Run(folder, full)
         try:
             run.write("split.json", problem.report(given))

@@ -225,7 +225,11 @@ class VirtualTransport:
 
 
 class Downlink:
-    """One message a task. Its length is that of any other with this mask and this work, whatever the values."""
+    """One message a task. Its length is that of any other with this mask and this work, whatever the values.
+
+    A mask that the client had in its last task is named by 9 bytes. Nodes do not keep masks yet: what they download is
+    larger by the mask every time, by 6 % at a density of a half and by 15 % at a twentieth.
+    """
 
     def __init__(self, codec: Codec, layout: Layout):
         self._codec, self._layout = codec, layout

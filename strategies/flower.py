@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -21,7 +21,7 @@ from prfl.records import architecture_out, experiment_out
 from prfl.types import Architecture, Selector, State, Task, Tree, Work
 from strategies import limits
 from strategies import selector as selectors
-from strategies.grid import GridTransport, Sent
+from strategies.grid import UNREADABLE, GridTransport, Sent
 from strategies.method import Method
 from strategies.pacing import Pacing
 from strategies.server import Scores, serve
@@ -96,7 +96,12 @@ class PruningStrategy(Strategy):
             version, arrays = state.version, _record(state.params, initial_arrays)
             if self.evaluate_every and version and version % self.evaluate_every == 0:
                 asked = self.configure_evaluate(version, arrays, evaluate_config or ConfigRecord(), grid)
-                scores = self.aggregate_evaluate(version, grid.send_and_receive(asked, timeout=timeout))
+                try:
+                    replies = grid.send_and_receive(asked, timeout=timeout)
+                except UNREADABLE as error:  # one reply that is none takes the others with it
+                    logging.getLogger("flwr").warning("scores can not be read: %s", type(error).__name__)
+                    replies = []
+                scores = self.aggregate_evaluate(version, replies)
                 if scores is not None:
                     result.evaluate_metrics_clientapp[version] = scores
             found = evaluate_fn(version, arrays) if evaluate_fn else None
@@ -239,7 +244,7 @@ def _told(updates: int, losses: list[float]) -> MetricRecord:
 
 def _scored(reply: Message) -> bool:
     """Whether a reply brings scores and the number of examples behind them."""
-    if not reply.has_content():
+    if not reply.has_content() or not isinstance(reply.content, RecordDict):  # Flower looks into nothing it receives
         return False
     size = reply.content.metric_records.get("metrics", MetricRecord()).get("num-examples", 0)
     return isinstance(size, (int, float)) and 0 < size < 2**53

@@ -65,11 +65,6 @@ def unchanged(state: State, task: Task) -> Task:
     return task
 
 
-def phases(*steps: tuple[float, Work]) -> Plan:
-    """Work by version: `phases((100, Work(lr=0.1)), (inf, Work(lr=0.01)))`."""
-    return lambda version: next(work for end, work in steps if version < end)
-
-
 @dataclass(frozen=True)
 class Method:
     """The parts of a method. `costs`: what one kept weight of each entry costs, by architecture; divides scores.

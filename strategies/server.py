@@ -33,7 +33,6 @@ class Stalled(RuntimeError):
 
 
 FAILURES = 10  # tasks a place in flight that may fail in a row
-TOLD = ("loss", "held_out")  # metrics of an update that are logged
 
 
 def silent(event: Mapping[str, Any]) -> None:
@@ -159,6 +158,7 @@ def _evaluated(state: State, evaluate: Callable[[State], Scores | None], now: fl
 
 
 def _arrived(a: Arrival, version: int) -> dict[str, Any]:
+    told = ("loss", "held_out") if a.task.work.holdout else ("loss",)  # what a task asks for is logged
     return {
         "kind": "arrival",
         "at": a.at,
@@ -172,4 +172,4 @@ def _arrived(a: Arrival, version: int) -> dict[str, Any]:
         "used": a.update is not None,
         "reason": a.reason,
         **{name: value for name, value in (("busy", a.busy), ("radio", a.radio)) if value is not None},
-    } | {name: a.update.metrics[name] for name in TOLD if a.update and name in a.update.metrics}
+    } | {name: a.update.metrics[name] for name in told if a.update and name in a.update.metrics}

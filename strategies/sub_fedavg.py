@@ -33,7 +33,7 @@ def sub_fedavg(
     hybrid: channels with a BatchNorm go by |scale|, `channel_step` of them, down to `channels_to`, if `channels_apart`;
     only fully connected layers are pruned weight by weight. The reference runs it with target=0.5, apart=5e-4.
     Ours: accuracy is that on the client's `holdout`, which it does not train on, where the reference takes its test
-    data; the server remembers each client's mask, so that 8 bytes name it; both kinds end near the target alike;
+    data; the server remembers each client's mask, so that 9 bytes name it; both kinds end near the target alike;
     without a second pass "the first" is the first step.
     """
     for name, value in (("step", step), ("channel_step", channel_step), ("target", target), ("holdout", holdout)):

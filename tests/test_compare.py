@@ -93,6 +93,19 @@ def test_what_is_there_is_not_run_again_and_what_is_half_is(tmp_path: Path, monk
         assert [a.summary[key] for key in HASHES] == [b.summary[key] for key in HASHES]
 
 
+def test_a_run_that_another_process_is_at_is_neither_removed_nor_run(tmp_path: Path) -> None:
+    (job,) = compare.jobs(small(), ["fedavg"], [1], tmp_path)
+    with store.alone(job.folder):
+        (job.folder / "events.jsonl").write_text("half\n")
+        (outcome,) = ended([job])
+        with pytest.raises(ValueError, match="its run is under way"):
+            simulate(job.experiment, job.folder)
+        assert (job.folder / "events.jsonl").read_text() == "half\n"
+    assert outcome.summary is None
+    assert outcome.reason.endswith("its run is under way")
+    assert ended([job])[0].summary
+
+
 def test_a_folder_of_another_comparison_is_left_alone(tmp_path: Path) -> None:
     ended(compare.jobs(small(), ["fedavg"], [1], tmp_path))
     with pytest.raises(ConfigError, match="another experiment; choose another --out"):

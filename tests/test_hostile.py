@@ -314,9 +314,7 @@ def test_a_node_that_names_itself_with_nonsense_gets_no_task(kind: str) -> None:
     stranger = grid.join(1)
     genuine = grid.reply
     grid.reply = lambda m: (  # type: ignore[method-assign]
-        Message(RecordDict({**pack(b""), "config": ConfigRecord(WHO[kind])}), reply_to=m)
-        if m.metadata.dst_node_id == stranger
-        else genuine(m)
+        Message(pack(b"", WHO[kind]), reply_to=m) if m.metadata.dst_node_id == stranger else genuine(m)
     )
     found = transport(grid, 1)
     for _ in range(3):
@@ -337,6 +335,9 @@ def test_scores_that_are_nonsense_do_not_reach_the_means() -> None:
         return Message(RecordDict({"metrics": MetricRecord(values)}), reply_to=question)
 
     strategy = PruningStrategy(Method(), sync(2), experiment=EXPERIMENT)
+    odd = scores(accuracy=1.0)
+    odd.__dict__["_content"] = "no records"
+    assert strategy.aggregate_evaluate(1, [odd]) is None
     many = {"num-examples": 1.7e308, "accuracy": 1.0}
     told = strategy.aggregate_evaluate(
         1, [scores(**{"num-examples": 4, "accuracy": 0.5, "loss": 1.0}), scores(**many), scores(**many)]

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html.parser import HTMLParser
+from io import StringIO
 from itertools import count
 from math import isclose
 from pathlib import Path
@@ -23,13 +24,15 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
-from prfl import config, energy, evaluate, fairness, figures, problem, report, store, traces
+from prfl import config, energy, evaluate, fairness, figures, live, problem, report, store, traces
 from prfl.config import ConfigError
 from prfl.document import Table
 from prfl.energy import Watts
 from prfl.samples import Samples
+from prfl.tally import Tally
 from sim import experiments
 from sim.devices import load
 from sim.run import simulate
@@ -432,3 +435,12 @@ def test_a_browser_shows_the_whole_page_and_loads_nothing(ran: Path, tmp_path: P
                 assert "none" not in drawn
         finally:
             tab.close()
+
+
+def test_the_name_of_a_class_is_no_markup() -> None:
+    """A node says what its class is called."""
+    tally = Tally({0: "[/x]"}, False)
+    tally({"kind": "send", "client": 0, "version": 0, "density": 0.5, "at": 0.0})
+    console = Console(force_terminal=True, width=100, file=StringIO())
+    console.print(live._picture("title", tally, 3, 1.0))
+    assert "[/x]" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -244,6 +244,17 @@ def test_in_a_window_a_client_works_on_a_version_once_and_waits_for_its_end() ->
     assert any(not e["used"] for e in of_kind(events, "arrival"))
 
 
+def test_a_metric_that_nobody_asked_for_is_not_logged() -> None:
+    world = World()
+
+    def boasting(task: Task) -> Update:
+        update = world.run(task)
+        return replace(update, metrics={**update.metrics, "held_out": 1e300})
+
+    _, events = played(world, method("fedavg"), sync(CLIENTS), versions=1, run=boasting)
+    assert all("held_out" not in e for e in of_kind(events, "arrival"))
+
+
 def test_a_clients_newest_update_comes_last() -> None:
     task = Task(1, 0, {}, DENSE, Work(), seed=9)
     first, second = Arrival(task, 0.0, 1.0, 0, 0, None), Arrival(replace(task, seed=3), 1.0, 2.0, 0, 0, None)
