@@ -67,7 +67,8 @@ def run(
 ) -> Result:
     """Simulate an experiment, a YAML file or the name of one that ships, with `changes` as {"method": "fedbuff"}.
 
-    `out`: the run's folder; None: a new one in `runs/`. Raises ConfigError, a ValueError, for what can not be run.
+    `out`: the run's folder; None: a new one in `runs/`. Raises ConfigError, a ValueError, for what can not be run, and
+    KeyboardInterrupt at Ctrl-C, when the folder is complete up to there.
 
     >>> run("default", {"stop.versions": 1, "work.steps": 1}, workers="serial", out=folder / "one")["versions"]
     1
@@ -78,7 +79,10 @@ def run(
     chosen = _experiment(experiment, changes)
     folder = store.free(None if out is None else Path(out), chosen.name)
     with pools.kept(_place(workers, ray_address, device, gpus)) as pool:
-        return Result(folder, simulate(chosen, folder, pool=pool, data_dir=_path(data_dir)))
+        result = Result(folder, simulate(chosen, folder, pool=pool, data_dir=_path(data_dir)))
+    if result["interrupted"]:
+        raise KeyboardInterrupt
+    return result
 
 
 def compare(

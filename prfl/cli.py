@@ -170,7 +170,9 @@ def compare(
     ] = None,
     methods: Annotated[str, typer.Option(metavar="A,B,...", help="Methods to run; without it, finished RUNs.")] = "",
     seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Of the runs.")] = "1,2,3",
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Runs and report; default: in runs/.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Runs and report; default: in runs/, of RUNs in comparison/.")
+    ] = None,
     workers: WORKERS = None,
     num_workers: NUM_WORKERS = 0,
     ray_address: RAY_ADDRESS = None,
@@ -226,9 +228,18 @@ def report(
     from prfl import traces
 
     file = out or run / "report.html"
+    _spared(file, run)
     trace = traces.read(run, traces.powers(profiles))
     beside = reporting.single(trace, _numbers("targets", targets, float)).write(file)
     print(f"report: {file} and {beside}")
+
+
+def _spared(file: Path, run: Path) -> None:
+    """Raises ValueError for a file of the run's own."""
+    from prfl import store
+
+    if file.resolve().parent == run.resolve() and file.name in store.OWN:
+        raise ValueError(f"--out {file} is the run's own; choose another file")
 
 
 def _numbers(what: str, text: str, kind: Callable[[str], N]) -> list[N]:
@@ -272,8 +283,7 @@ def export(
     found = exporting.trained(run, data_dir)
     mask, model, test = found.mask(density), found.model, found.given.dataset.test
     file = out or run / f"export-{density:g}.{form}"
-    if file.resolve() == (run / "model.safetensors").resolve():
-        raise ValueError(f"--out {file} is the run's own model; choose another file")
+    _spared(file, run)
     plan = parts.of(found.experiment).method.work
     work = plan if isinstance(plan, Work) else plan(found.state.version if found.state else 0)
     if work.statistics == "static":

@@ -100,7 +100,7 @@ class Experiment(_Section):
     """
 
     name: str = Field("experiment", pattern=r"^\w[^/\\]*$")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     data: Data = Field(default_factory=Data)
     model: Spec = "mlp"
     work: dict[str, Any] = Field(default_factory=dict)

@@ -123,7 +123,7 @@ def _pruning(groups: Groups) -> Section:
     table = tables.pruning(groups)
     blocks: list[str | Table | Figure] = [table] if len(table.head) > 1 else []
     if found:
-        caption = "Share of the model that clients get, by device class: mean over the tasks sent at that time."
+        caption = "Density asked of clients, by device class: mean over the tasks sent at that time."
         blocks.append(Figure(_courses(found, end, Axis("density", 0.0, 1.0)), caption))
     if covered := [line for i, g in enumerate(groups.values()) if (line := curves.coverage(g, i, end)) is not None]:
         caption = "Coverage: share of the weights that at least one of the updates of a merge held, mean over merges."
@@ -175,13 +175,15 @@ def _gantts(groups: Groups) -> Section:
 
 def _runs(groups: Groups) -> Section:
     """What exactly was run."""
-    first = next(iter(groups.values()))[0].config
+    trace = next(iter(groups.values()))[0]
+    first = trace.config
     stops = ", ".join(f"{value:g} {key}" for key, value in first["stop"].items() if value != inf)
     after = first.get("evaluate_after")
     apart = f", {after:g} s after the last time at the earliest" if after else ""
+    again = "" if trace.real else " The same experiment and seed give the same model."
     text = (
         f"A run ends at {stops}{', whichever comes first' if ',' in stops else ''}. The validation split is scored "
-        f"every {_count(first['evaluate_every'], 'version')}{apart}. The same experiment and seed give the same model."
+        f"every {_count(first['evaluate_every'], 'version')}{apart}.{again}"
     )
     return Section("Runs", [text, tables.runs(groups)])
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # torch comes with it, and a folder is found without
     from prfl.types import Tree
 
 WALL = b',"wall":'  # the last field of every line
+OWN = (  # what a run itself writes into its folder, and nobody else
+    "config.yaml", "env.json", "split.json", "events.jsonl", "summary.json", "clients.json", "model.safetensors",
+)  # fmt: skip
 PACKAGES = ("prfl", "flwr", "torch", "torchvision", "numpy", "ray", "safetensors", "scikit-learn")
 
 

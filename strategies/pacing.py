@@ -33,6 +33,8 @@ class Pacing:
             raise ValueError(f"pacing: goal {self.goal:g} can not be reached with {self.in_flight} in flight")
         if self.deadline <= 0:
             raise ValueError(f"pacing: deadline must be above 0 seconds, got {self.deadline:g}")
+        if self.max_staleness < 0:
+            raise ValueError(f"pacing: max_staleness must be at least 0, got {self.max_staleness:g}")
         if self.goal == inf and self.deadline == inf:
             raise ValueError("pacing: without a goal there must be a deadline")
 

@@ -271,7 +271,7 @@ def test_a_second_ctrl_c_leaves_nothing_broken(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert error == ""
     names = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()}
-    assert names == {"config.yaml", "env.json", "events.jsonl", "split.json", "model.safetensors"}
+    assert names - {".lock"} == {"config.yaml", "env.json", "events.jsonl", "split.json", "model.safetensors"}
     assert load_file("out/model.safetensors")
     assert all(json.loads(line) for line in Path("out/events.jsonl").read_text().splitlines())
 

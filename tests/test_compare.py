@@ -93,6 +93,16 @@ def test_what_is_there_is_not_run_again_and_what_is_half_is(tmp_path: Path, monk
         assert [a.summary[key] for key in HASHES] == [b.summary[key] for key in HASHES]
 
 
+def test_ctrl_c_in_a_run_ends_the_script_that_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(e: Experiment, folder: Path, **more: Any) -> dict[str, Any]:
+        return simulate(e, folder, **more) | {"interrupted": True}
+
+    monkeypatch.setattr("sim.run.simulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prfl.run("default", SMALL, out=tmp_path / "one", workers="serial")
+    assert store.summary(tmp_path / "one")["versions"] > 0
+
+
 def test_a_run_that_another_process_is_at_is_neither_removed_nor_run(tmp_path: Path) -> None:
     (job,) = compare.jobs(small(), ["fedavg"], [1], tmp_path)
     with store.alone(job.folder):

@@ -96,7 +96,8 @@ def textbook(
     """The kept weights of every entry that can be cut, unit by unit."""
     names = [k for k, v in params.items() if v.dim() > 1 and v.numel() and not any(s in k for s in cut.skip)]
     sizes = {k: params[k].numel() for k in names}
-    score = {k: [s / (costs or {}).get(k, 1.0) for s in scores[k].flatten().tolist()] for k in names}
+    cost = {k: (costs or {}).get(k, 1.0) for k in names}
+    score = {k: [s * cost[k] if s < 0 else s / cost[k] for s in scores[k].flatten().tolist()] for k in names}
     by = {k: params[k].abs().flatten().tolist() if cut.core == "magnitude" else score[k] for k in names}
     core = {k: set(best(by[k], max(1, up(cut.floor * sizes[k])))) for k in names}
     if cut.spread == "model":

@@ -242,7 +242,7 @@ def test_mistakes_are_one_line(
         ([run, "--density", "0"], "density must be in (0, 1], got 0"),
         ([run, "--density", "nan"], "density must be in (0, 1], got nan"),
         ([run, "--format", "tflite"], "'tflite' is not one of 'pt2', 'onnx', 'safetensors'"),
-        ([run, "--format", "safetensors", "--out", run / "model.safetensors"], "is the run's own model"),
+        ([run, "--format", "safetensors", "--out", run / "model.safetensors"], "is the run's own; choose another file"),
     ]
     for arguments, message in mistakes:
         assert called(monkeypatch, *arguments) == 2

@@ -276,6 +276,7 @@ def test_of_clients_that_a_selector_leaves_alone_one_is_asked_when_all_is_quiet(
         (lambda: Pacing(0, 1), "in_flight must be at least 1"),
         (lambda: sync(3, deadline=-1), "deadline must be above 0"),
         (lambda: Pacing(3, 5, 3, drop_late=True), "goal 5 can not be reached with 3 in flight"),
+        (lambda: buffered(3, 2, max_staleness=-1), "max_staleness must be at least 0, got -1"),
         (lambda: Pacing(3, float("inf")), "without a goal there must be a deadline"),
         (lambda: buffered(3, 2).__class__(3, 2, refill=4), "refill must be from 1 to in_flight"),
     ],
